@@ -1,0 +1,186 @@
+"""What is in flight, shared by all processes of one server: the instances write it, the `tasks` model reads it.
+
+One SQLite file per server: several processes may write it at once, any of them may be killed while it does, and
+nothing of a client's becomes part of a path.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+BOARD_ENV = "GENSERVE_BOARD"
+FINISHED_KEPT_S = 600.0
+"""Seconds that a finished task stays visible."""
+FINISHED_KEPT = 10_000
+"""Finished tasks that stay visible, at most."""
+CANCEL_KEPT_S = 300.0
+"""Seconds that the cancellation of a task which has not yet arrived is remembered: longer than it can be queued."""
+CANCELS_KEPT = 10_000
+"""Cancellations of tasks that have not arrived, at most."""
+LISTED = 1_000
+"""Tasks that one listing shows, at most."""
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS tasks (
+    key INTEGER PRIMARY KEY,
+    task_id TEXT NOT NULL,
+    model TEXT NOT NULL,
+    instance TEXT NOT NULL,
+    state TEXT NOT NULL,
+    step INTEGER NOT NULL DEFAULT 0,
+    steps INTEGER NOT NULL DEFAULT 0,
+    error TEXT,
+    preview BLOB NOT NULL DEFAULT x'',
+    cancel INTEGER NOT NULL DEFAULT 0,
+    arrived REAL NOT NULL,
+    changed REAL NOT NULL
+);
+CREATE INDEX IF NOT EXISTS tasks_by_id ON tasks (task_id, key);
+CREATE INDEX IF NOT EXISTS tasks_by_state ON tasks (state, changed);
+CREATE TABLE IF NOT EXISTS cancelled_early (task_id TEXT PRIMARY KEY, at REAL NOT NULL);
+"""
+IN_FLIGHT = "state IN ('waiting', 'running')"
+FINISHED = "state IN ('done', 'failed', 'cancelled')"
+COLUMNS = "task_id, state, step, steps, model, instance, error, arrived, changed"
+
+
+def default_path() -> Path:
+    """The board of the server whose child this process is: where GENSERVE_BOARD says, else in the temporary folder."""
+    given = os.environ.get(BOARD_ENV)
+    return Path(given) if given else Path(tempfile.gettempdir()) / f"genserve-{os.getuid()}-{os.getppid()}.board"
+
+
+class Board:
+    """One process's access to the board. Thread-safe.
+
+    A row is one task; a task id may come again (a caller's request ids may repeat), and then the newest one is shown
+    and all that are in flight are cancelled.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        path = path or default_path()
+        path.touch(mode=0o600)
+        self._lock = threading.Lock()
+        self._db = sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False)
+        # The board dies with its server: nothing needs to survive a power cut, but every process a neighbour's kill.
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = OFF")
+        self._db.executescript(SCHEMA)
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._db.close()
+
+    # The instance's side.
+
+    def start_instance(self, instance: str) -> None:
+        """An instance begins: whatever an earlier process of that name had in flight will never be answered."""
+        with self._lock:
+            self._db.execute(
+                f"UPDATE tasks SET state = 'failed', error = 'the instance ended', changed = ?"  # noqa: S608
+                f" WHERE instance = ? AND {IN_FLIGHT}",
+                (time.time(), instance),
+            )
+
+    def add(self, task_id: str, *, model: str, instance: str) -> int:
+        """Enter a task as waiting; the returned key names it from now on."""
+        now = time.time()
+        with self._lock:
+            self._tidy(now)
+            early = self._db.execute(
+                "DELETE FROM cancelled_early WHERE task_id = ? RETURNING at", (task_id,)
+            ).fetchone()
+            cursor = self._db.execute(
+                "INSERT INTO tasks (task_id, model, instance, state, cancel, arrived, changed)"
+                " VALUES (?, ?, ?, 'waiting', ?, ?, ?)",
+                (task_id, model, instance, early is not None, now, now),
+            )
+            return int(cursor.lastrowid or 0)
+
+    def progress(self, key: int, step: int, steps: int, preview: bytes = b"") -> None:
+        """The task runs and has done `step` of `steps`; an empty preview leaves the last one."""
+        with self._lock:
+            self._db.execute(
+                "UPDATE tasks SET state = 'running', step = ?, steps = ?, changed = ?,"
+                " preview = CASE WHEN ? = x'' THEN preview ELSE ? END WHERE key = ?",
+                (step, steps, time.time(), preview, preview, key),
+            )
+
+    def finish(self, key: int, state: str, error: str | None = None) -> None:
+        """The task ended as `state` (done, failed or cancelled)."""
+        with self._lock:
+            self._db.execute(
+                "UPDATE tasks SET state = ?, error = ?, changed = ?, step = CASE WHEN ? = 'done' THEN steps ELSE step"
+                " END, preview = x'' WHERE key = ?",
+                (state, error, time.time(), state, key),
+            )
+
+    def cancel_requested(self, instance: str) -> set[int]:
+        """Keys of the instance's tasks in flight that somebody wants cancelled."""
+        with self._lock:
+            rows = self._db.execute(
+                f"SELECT key FROM tasks WHERE cancel AND instance = ? AND {IN_FLIGHT}",  # noqa: S608
+                (instance,),
+            ).fetchall()
+        return {int(key) for (key,) in rows}
+
+    # The `tasks` model's side.
+
+    def status(self, task_id: str) -> tuple[dict[str, Any], bytes]:
+        """The newest task of that id, and its preview; state ``unknown`` where there is none."""
+        with self._lock:
+            row = self._db.execute(
+                f"SELECT {COLUMNS}, preview FROM tasks WHERE task_id = ? ORDER BY key DESC LIMIT 1",  # noqa: S608
+                (task_id,),
+            ).fetchone()
+        if row is None:
+            return {"task_id": task_id, "state": "unknown", "step": 0, "steps": 0, "instance": None}, b""
+        return _as_dict(row), bytes(row[-1])
+
+    def cancel(self, task_id: str) -> tuple[dict[str, Any], bytes]:
+        """Ask for the cancellation of all tasks of that id that are in flight, and return the newest one's status.
+
+        An id that is not in flight is remembered: a request that still waits in Triton's queue is cancelled as soon
+        as an instance takes it.
+        """
+        now = time.time()
+        with self._lock:
+            found = self._db.execute(
+                f"UPDATE tasks SET cancel = 1 WHERE task_id = ? AND {IN_FLIGHT}",  # noqa: S608
+                (task_id,),
+            ).rowcount
+            known = self._db.execute("SELECT 1 FROM tasks WHERE task_id = ? LIMIT 1", (task_id,)).fetchone()
+            if not found and not known:
+                self._db.execute("INSERT OR REPLACE INTO cancelled_early VALUES (?, ?)", (task_id, now))
+                self._db.execute(
+                    "DELETE FROM cancelled_early WHERE rowid <= (SELECT max(rowid) FROM cancelled_early) - ?",
+                    (CANCELS_KEPT,),
+                )
+        return self.status(task_id)
+
+    def listing(self) -> list[dict[str, Any]]:
+        """The tasks in flight, oldest first, at most `LISTED`."""
+        with self._lock:
+            rows = self._db.execute(
+                f"SELECT {COLUMNS} FROM tasks WHERE {IN_FLIGHT} ORDER BY key LIMIT ?",  # noqa: S608
+                (LISTED,),
+            ).fetchall()
+        return [_as_dict(row) for row in rows]
+
+    def _tidy(self, now: float) -> None:
+        self._db.execute(
+            f"DELETE FROM tasks WHERE {FINISHED} AND (changed < ? OR key < (SELECT max(key) FROM tasks) - ?)",  # noqa: S608
+            (now - FINISHED_KEPT_S, FINISHED_KEPT),
+        )
+        self._db.execute("DELETE FROM cancelled_early WHERE at < ?", (now - CANCEL_KEPT_S,))
+
+
+def _as_dict(row: tuple[Any, ...]) -> dict[str, Any]:
+    return dict(zip(COLUMNS.split(", "), row, strict=False))

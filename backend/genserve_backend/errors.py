@@ -1,0 +1,49 @@
+"""What can go wrong with one request, as an exception tree.
+
+Each class is one row of the error table: its name is the first word of the message that leaves the server
+(``InvalidInput: STEPS is 0; allowed: 1 to 100``), and the client raises the class of the same name.
+Which Triton code a class travels under is decided in `adapter.reply`.
+"""
+
+from __future__ import annotations
+
+
+class RequestError(Exception):
+    """One request failed; no other request is affected."""
+
+    @property
+    def wire_message(self) -> str:
+        """The message with the class name in front, which is what a client parses."""
+        return f"{type(self).__name__}: {self}"
+
+
+class InvalidInput(RequestError):
+    """A tensor holds something that the contract does not allow."""
+
+    @classmethod
+    def of(cls, tensor: str, value: object, allowed: str) -> InvalidInput:
+        """Name the tensor, a short form of its value, and what would have been allowed."""
+        return cls(f"{tensor} is {shorten(value)}; allowed: {allowed}")
+
+
+class Cancelled(RequestError):
+    """The caller cancelled the request."""
+
+
+class DeadlineExceeded(RequestError):
+    """The request did not finish within its timeout."""
+
+
+class OutOfMemory(RequestError):
+    """The request does not fit into the device's memory, not even alone."""
+
+
+class ServerError(RequestError):
+    """A defect in the server, or a request that was in flight at two worker deaths."""
+
+
+def shorten(value: object, limit: int = 80) -> str:
+    """A printable one-line form of any client-supplied value, at most `limit` characters long."""
+    text = value if isinstance(value, str) else repr(value)
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."

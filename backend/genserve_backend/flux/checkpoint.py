@@ -1,0 +1,63 @@
+"""What a FLUX checkpoint in diffusers format says about itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from genserve_backend.checkpoints import CheckpointError, read_json, require_folder, require_safetensors
+
+WEIGHTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
+MAX_SEQUENCE_LENGTH = 512
+"""FluxPipeline's limit on T5 tokens."""
+
+
+@dataclass(frozen=True)
+class FluxCheckpoint:
+    """The facts that requests are checked against and completed with."""
+
+    path: Path
+    name: str
+    native_size: int
+    """Default height and width in pixels: the VAE's ``sample_size`` (1024 for FLUX.1)."""
+    guidance_embeds: bool
+    """Whether guidance has an effect: true for dev, false for schnell."""
+    max_sequence_length: int
+    """T5 tokens of a prompt: what its tokenizer says, at most 512."""
+
+    @property
+    def default_steps(self) -> int:
+        """Denoising steps: 28 for dev and 4 for schnell, as their model cards recommend."""
+        return 28 if self.guidance_embeds else 4
+
+    @property
+    def default_guidance(self) -> float:
+        """Guidance scale: 3.5, as dev's model card recommends; schnell was distilled to none."""
+        return 3.5 if self.guidance_embeds else 0.0
+
+    @classmethod
+    def read(cls, path: Path) -> FluxCheckpoint:
+        """Read a checkpoint folder.
+
+        Raises:
+            CheckpointError: It is missing, incomplete, or not FLUX.
+        """
+        require_folder(path, setting="FLUX_MODEL_PATH")
+        pipeline = read_json(path / "model_index.json").get("_class_name")
+        if pipeline != "FluxPipeline":
+            raise CheckpointError(f"{path} holds a {pipeline}, not a FluxPipeline")
+        for part in WEIGHTS:
+            require_safetensors(path / part)
+        tokens = read_json(path / "tokenizer_2" / "tokenizer_config.json").get("model_max_length")
+        return cls(
+            path=path,
+            name=path.name,
+            native_size=_positive(read_json(path / "vae" / "config.json").get("sample_size"), 1024),
+            guidance_embeds=bool(read_json(path / "transformer" / "config.json").get("guidance_embeds")),
+            max_sequence_length=min(_positive(tokens, MAX_SEQUENCE_LENGTH), MAX_SEQUENCE_LENGTH),
+        )
+
+
+def _positive(value: object, default: int) -> int:
+    # Tokenizers without a limit say 1e30, as a float.
+    return int(value) if isinstance(value, (int, float)) and 0 < value < 2**31 else default

@@ -1,0 +1,122 @@
+"""One image as it was asked for: defaults filled in, every range checked."""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from genserve_backend.errors import InvalidInput
+from genserve_backend.flux.checkpoint import FluxCheckpoint
+
+MAX_PROMPT_CHARACTERS = 10_000
+MAX_LORA_CHARACTERS = 4_096
+SIZE_MULTIPLE = 16
+"""Pixels: the VAE shrinks by 8 and the transformer takes patches of 2."""
+MIN_SIZE = 64
+MAX_STEPS = 100
+MAX_GUIDANCE = 20.0
+MIN_TRUE_CFG, MAX_TRUE_CFG, DEFAULT_TRUE_CFG = 1.0, 20.0, 4.0
+MAX_SEED = 2**63 - 1
+FORMATS = ("png", "jpeg", "webp")
+
+
+@dataclass(frozen=True)
+class FluxRequest:
+    """A checked request for one image, with everything that decides its pixels."""
+
+    prompt: str
+    negative_prompt: str
+    true_cfg_scale: float
+    height: int
+    width: int
+    steps: int
+    guidance: float
+    seed: int
+    format: str
+    max_sequence_length: int
+
+
+@dataclass(frozen=True)
+class FluxResult:
+    """An encoded image, and where the seconds went."""
+
+    image: bytes
+    queue_s: float
+    encode_s: float
+    denoise_s: float
+    decode_s: float
+    elapsed_time: float
+    mean_batch_size: float
+    dtype: str
+
+
+def parse(values: Mapping[str, Any], checkpoint: FluxCheckpoint, *, max_pixels: int) -> FluxRequest:
+    """Check one row of tensors.
+
+    Args:
+        values: Tensor name to str, int or float; what is missing gets its default.
+        checkpoint: Gives the defaults.
+        max_pixels: The pixel budget, height times width.
+
+    Raises:
+        InvalidInput: Names the tensor, its value and what is allowed.
+    """
+    _check_lora(values.get("LORA", "[]"))
+    height = _size("HEIGHT", values.get("HEIGHT", checkpoint.native_size))
+    width = _size("WIDTH", values.get("WIDTH", checkpoint.native_size))
+    if height * width > max_pixels:
+        raise InvalidInput.of("HEIGHT x WIDTH", f"{height} x {width}", f"at most {max_pixels} pixels")
+    seed = _within("SEED", values.get("SEED", -1), -1, MAX_SEED)
+    image_format = values.get("FORMAT", FORMATS[0])
+    if image_format not in FORMATS:
+        raise InvalidInput.of("FORMAT", image_format, ", ".join(FORMATS))
+    return FluxRequest(
+        prompt=_prompt("PROMPT", values.get("PROMPT", ""), minimum=1),
+        negative_prompt=_prompt("NEGATIVE_PROMPT", values.get("NEGATIVE_PROMPT", ""), minimum=0),
+        true_cfg_scale=_within(
+            "TRUE_CFG_SCALE", values.get("TRUE_CFG_SCALE", DEFAULT_TRUE_CFG), MIN_TRUE_CFG, MAX_TRUE_CFG
+        ),
+        height=height,
+        width=width,
+        steps=_within("STEPS", values.get("STEPS", checkpoint.default_steps), 1, MAX_STEPS),
+        guidance=_within("GUIDANCE", values.get("GUIDANCE", checkpoint.default_guidance), 0.0, MAX_GUIDANCE),
+        # Drawn seeds stay below 2**32, so that they survive a caller whose JSON numbers are doubles.
+        seed=secrets.randbelow(2**32) if seed == -1 else seed,
+        format=image_format,
+        max_sequence_length=checkpoint.max_sequence_length,
+    )
+
+
+def _within(tensor: str, value: Any, low: Any, high: Any) -> Any:
+    if not math.isfinite(value) or not low <= value <= high:
+        raise InvalidInput.of(tensor, value, f"{low} to {high}")
+    return value
+
+
+def _size(tensor: str, value: int) -> int:
+    if value < MIN_SIZE or value % SIZE_MULTIPLE:
+        raise InvalidInput.of(tensor, value, f"a multiple of {SIZE_MULTIPLE}, at least {MIN_SIZE}")
+    return value
+
+
+def _prompt(tensor: str, value: str, *, minimum: int) -> str:
+    if not minimum <= len(value) <= MAX_PROMPT_CHARACTERS:
+        raise InvalidInput.of(tensor, f"{len(value):,} characters long", f"{minimum} to {MAX_PROMPT_CHARACTERS:,}")
+    return value
+
+
+def _check_lora(text: str) -> None:
+    """Adapters are not loaded yet, so a list that names one is refused rather than ignored."""
+    allowed = "[] (adapters are not served)"
+    if len(text) > MAX_LORA_CHARACTERS:
+        raise InvalidInput.of("LORA", text, f"at most {MAX_LORA_CHARACTERS:,} characters")
+    try:
+        adapters = json.loads(text)
+    except (ValueError, RecursionError):
+        raise InvalidInput.of("LORA", text, "a JSON list") from None
+    if adapters != []:
+        raise InvalidInput.of("LORA", text, allowed)

@@ -1,0 +1,56 @@
+"""Log lines in logfmt: ``time=... level=... logger=... event=... key=value``.
+
+Every line about one request carries ``task_id=``, so that ``grep`` finds its whole way through the processes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from datetime import datetime, timezone
+
+
+class LogfmtFormatter(logging.Formatter):
+    """Renders the message as ``event`` and everything passed in ``extra={"fields": {...}}`` as key=value pairs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line, whatever the values hold."""
+        time = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
+        fields: dict[str, object] = {
+            "time": time,
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "pid": record.process,
+            "event": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return " ".join(f"{key}={_quote(value)}" for key, value in fields.items())
+
+
+def _quote(value: object) -> str:
+    text = f"{value:.3f}" if isinstance(value, float) else str(value)
+    plain = text.isascii() and text.isprintable() and text and not set(text) & set(' "=\\')
+    return text if plain else json.dumps(text)
+
+
+def configure(level: str | None = None) -> None:
+    """Send this process's log lines to stderr, at `level` or at GENSERVE_LOG_LEVEL (default INFO)."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LogfmtFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    chosen = (level or os.environ.get("GENSERVE_LOG_LEVEL", "INFO")).upper()
+    known = isinstance(logging.getLevelName(chosen), int)
+    for name in ("genserve", "genserve_backend"):
+        logging.getLogger(name).setLevel(chosen if known else "INFO")
+
+
+def log(logger: logging.Logger, level: int, event: str, **fields: object) -> None:
+    """Log `event` with `fields`; a field that is None is left out."""
+    if logger.isEnabledFor(level):
+        logger.log(level, event, extra={"fields": {key: value for key, value in fields.items() if value is not None}})

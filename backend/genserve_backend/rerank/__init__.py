@@ -1,0 +1,1 @@
+"""The `rerank` model: how relevant each document is to a query."""

@@ -1,0 +1,42 @@
+"""The kinds of reranker, and the table that says which class serves which."""
+
+from __future__ import annotations
+
+import torch
+
+from genserve_backend.rerank.checkpoint import Kind, RerankCheckpoint
+from genserve_backend.rerank.scorers.base import Scorer
+from genserve_backend.rerank.scorers.bi_encoder import BiEncoder
+from genserve_backend.rerank.scorers.causal import Causal
+from genserve_backend.rerank.scorers.cross_encoder import CrossEncoder
+from genserve_backend.settings import DType, RerankSettings
+
+SCORERS: dict[Kind, type[Scorer]] = {
+    "bi-encoder": BiEncoder,
+    "cross-encoder": CrossEncoder,
+    "causal": Causal,
+}
+
+
+def load_scorer(checkpoint: RerankCheckpoint, settings: RerankSettings, device: str) -> Scorer:
+    """Load a checkpoint as its kind demands.
+
+    Args:
+        checkpoint: What was found in the folder.
+        settings: `max_length` lowers the checkpoint's limit and never raises it; `dtype` is the weights' arithmetic.
+        device: As torch names it: "cpu", "cuda:0".
+
+    Raises:
+        CheckpointError: The folder cannot be loaded, or the limit leaves no room for a text.
+    """
+    target = torch.device(device)
+    limit = min(checkpoint.max_length, settings.max_length or checkpoint.max_length)
+    scorer = SCORERS[checkpoint.kind]
+    return scorer(checkpoint, max_length=limit, dtype=torch_dtype(settings.dtype, target), device=target)
+
+
+def torch_dtype(name: DType, device: torch.device) -> torch.dtype:
+    """The dtype that a setting stands for on `device`."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]

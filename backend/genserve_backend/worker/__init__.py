@@ -1,0 +1,1 @@
+"""The worker process of an instance, and the supervisor that watches it."""

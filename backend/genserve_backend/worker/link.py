@@ -1,0 +1,98 @@
+"""One worker process as its instance sees it: started, spoken to, heard, ended."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from queue import SimpleQueue
+
+from genserve_backend.worker.messages import Cancel, Event, Start, Submit
+
+
+class WorkerGone(Exception):
+    """The worker has died, or closed its end."""
+
+
+class WorkerLink:
+    """A running worker process and the socket to it.
+
+    `send` never blocks: a thread of its own writes, so that a worker which has stopped reading holds up nobody.
+    """
+
+    def __init__(self, start: Start) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            # Spawned, never forked: a fork would inherit Triton's threads and locks, and CUDA forbids it.
+            self._process = subprocess.Popen(
+                [python_executable(), "-m", "genserve_backend.worker.process", str(theirs.fileno()), str(os.getpid())],
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                env=worker_environment(),
+            )
+        self._connection = Connection(ours.detach())
+        self._outbox: SimpleQueue[Start | Submit | Cancel | None] = SimpleQueue()
+        self._writer = threading.Thread(target=self._write, name="worker-writer", daemon=True)
+        self._writer.start()
+        self.send(start)
+
+    @property
+    def pid(self) -> int:
+        """The worker's process id."""
+        return self._process.pid
+
+    def send(self, message: Start | Submit | Cancel) -> None:
+        """Queue a message. If the worker dies before it arrives, `receive` is what tells."""
+        self._outbox.put(message)
+
+    def receive(self, timeout: float) -> Event | None:
+        """The worker's next event, or None when there is none within `timeout` seconds.
+
+        Raises:
+            WorkerGone: There will never be another one.
+        """
+        if not wait([self._connection], timeout=timeout):
+            return None
+        try:
+            event: Event = self._connection.recv()
+        except (EOFError, OSError):
+            raise WorkerGone from None
+        return event
+
+    def end(self) -> str:
+        """Kill the worker if it still runs, and say how it ended."""
+        self._process.kill()
+        code = self._process.wait()
+        self._outbox.put(None)
+        self._writer.join()
+        self._connection.close()
+        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+    def _write(self) -> None:
+        while (message := self._outbox.get()) is not None:
+            try:
+                self._connection.send(message)
+            except OSError:
+                return
+
+
+def python_executable() -> str:
+    """The interpreter for the worker: the running one, which inside Triton's stub is found by PATH."""
+    versioned = f"python{sys.version_info.major}.{sys.version_info.minor}"
+    candidates = [sys.executable, shutil.which(versioned), shutil.which("python3")]
+    return next(path for path in candidates if path and Path(path).name.startswith("python"))
+
+
+def worker_environment() -> dict[str, str]:
+    """This process's environment, with its import path made explicit: an embedded interpreter may have its own.
+
+    The current folder stays off that path, and no model hub is ever asked: a checkpoint is a local folder.
+    """
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}

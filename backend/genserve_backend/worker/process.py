@@ -1,0 +1,96 @@
+"""The worker process: ``python -m genserve_backend.worker.process FD PARENT_PID``.
+
+It owns one device and one loaded model. It ends when its instance goes away, in whatever way that happens.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+
+from genserve_backend import logs
+from genserve_backend.checkpoints import CheckpointError
+from genserve_backend.settings import ModelSettings
+from genserve_backend.worker.engine import Handler, SerialEngine
+from genserve_backend.worker.messages import Cancel, Event, NotReady, Ready, Start, Submit
+
+PR_SET_PDEATHSIG = 1  # prctl(2)
+
+logger = logging.getLogger(__name__)
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Have the kernel kill this process when the thread that started it ends; even a stopped process obeys.
+
+    The end of the socket says the same, but only to a process that still reads it.
+    """
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        os._exit(0)
+
+
+def load_handler(start: Start) -> Handler:
+    """Import torch, set the process up for its device, and load the model."""
+    import torch  # here and not above: a worker whose start message is wrong should say so at once
+
+    if start.settings.threads:
+        torch.set_num_threads(start.settings.threads)
+    if start.device.startswith("cuda"):
+        torch.cuda.set_device(start.device)
+    module, _, factory = start.engine.partition(":")
+    build: Callable[[ModelSettings, str], Handler] = getattr(importlib.import_module(module), factory)
+    return build(start.settings, start.device)
+
+
+def main(fd: int, parent_pid: int) -> None:
+    """Load the model, say so, and work."""
+    die_with_parent(parent_pid)
+    # Ctrl-C reaches the whole process group; the end of this process is its instance's decision.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    logs.configure()
+    connection = Connection(fd)
+    start = connection.recv()
+    try:
+        handler = load_handler(start)
+    except CheckpointError as error:
+        connection.send(NotReady(str(error)))
+        raise SystemExit(1) from None
+    except Exception as error:
+        logger.exception("model failed to load", extra={"fields": {"instance": start.instance}})
+        reason = str(error).strip().partition("\n")[0]
+        connection.send(NotReady(f"{type(error).__name__}: {reason}"))
+        raise SystemExit(1) from None
+
+    emit_lock = threading.Lock()
+
+    def emit(event: Event) -> None:
+        with emit_lock:
+            connection.send(event)
+
+    engine = SerialEngine(handler, emit)
+
+    def listen() -> None:
+        try:
+            while True:
+                message = connection.recv()
+                if isinstance(message, Submit):
+                    engine.submit(message)
+                elif isinstance(message, Cancel):
+                    engine.cancel(message.job)
+        except (EOFError, OSError):
+            os._exit(0)  # the instance is gone: whatever is running has nobody to answer to
+
+    threading.Thread(target=listen, name="listen", daemon=True).start()
+    emit(Ready())
+    engine.run()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

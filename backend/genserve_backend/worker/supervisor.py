@@ -1,0 +1,275 @@
+"""Gives an instance's worker its requests, and replaces it when it dies.
+
+What was in flight when a worker died runs again, one request at a time, so that a request which kills workers is
+alone when it does so the second time: it then gets ServerError, and its neighbours notice no more than a delay.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from genserve_backend.errors import Cancelled, DeadlineExceeded, RequestError, ServerError
+from genserve_backend.logs import log
+from genserve_backend.worker.link import WorkerGone, WorkerLink
+from genserve_backend.worker.messages import Cancel, Done, Event, Failed, NotReady, Progress, Ready, Start, Submit
+
+POLL_S = 0.05
+"""How often cancellations and deadlines are looked at."""
+MAX_DEATHS = 2
+"""In flight at so many worker deaths, a request is answered with ServerError."""
+RESTART_BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
+"""Wait before the next start, by the number of starts in a row that failed; the last one repeats."""
+DEADLINE_GRACE_S = 2.0
+"""A worker enforces deadlines at its steps; this much later the supervisor answers in its place."""
+
+logger = logging.getLogger(__name__)
+
+
+class WorkerStartError(Exception):
+    """The first worker could not load its model; the message says why in one line."""
+
+
+class Task(Protocol):
+    """One request, as its caller sees it. The supervisor's thread calls these; none may block for long."""
+
+    @property
+    def task_id(self) -> str:
+        """The id in the logs."""
+
+    def is_cancelled(self) -> bool:
+        """Whether the caller no longer wants an answer."""
+
+    def on_progress(self, step: int, steps: int, preview: bytes) -> None:
+        """`step` of `steps` is done."""
+
+    def on_done(self, result: Any) -> None:
+        """The result is here."""
+
+    def on_failed(self, error: RequestError) -> None:
+        """The request failed."""
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A request that was taken and not yet answered."""
+
+    job: int
+    task: Task
+    request: Any
+    deadline: float
+    deaths: int = 0
+    cancel_sent: bool = False
+
+
+class Supervisor:
+    """One worker process at a time, and the requests of one instance.
+
+    Thread-safe. All callbacks come from one thread. The same thread starts the workers: PR_SET_PDEATHSIG watches the
+    starting thread, which therefore has to live as long as they do.
+
+    Args:
+        start: What every worker of this instance is told first.
+        slots: Requests that the instance takes at a time.
+    """
+
+    def __init__(self, start: Start, *, slots: int) -> None:
+        self._start = start
+        self._slots = slots
+        self._changed = threading.Condition()  # guards everything below
+        self._queue: deque[_Entry] = deque()
+        self._sent: dict[int, _Entry] = {}
+        self._jobs = 0
+        self._link: WorkerLink | None = None
+        self._ready = False
+        self._was_ready = False
+        self._start_error: str | None = None
+        self._closing = False
+        self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
+
+    def start(self) -> None:
+        """Start the first worker and wait until it has loaded its model.
+
+        Raises:
+            WorkerStartError: It could not.
+        """
+        self._thread.start()
+        with self._changed:
+            self._changed.wait_for(lambda: self._was_ready or self._start_error)
+            if self._start_error:
+                raise WorkerStartError(self._start_error)
+
+    def submit(self, task: Task, request: Any, *, deadline: float) -> None:
+        """Take a request; its task hears of exactly one end. `deadline` is on the clock of time.monotonic()."""
+        with self._changed:
+            self._queue.append(_Entry(self._jobs, task, request, deadline))
+            self._jobs += 1
+            self._dispatch()
+
+    def wait_for_slot(self) -> None:
+        """Block until the instance can run another request: its worker is up, and a slot is free."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._closing or (self._ready and len(self._queue) + len(self._sent) < self._slots)
+            )
+
+    def close(self) -> None:
+        """End the worker and the watching thread; what is still in flight is answered with Cancelled."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    @property
+    def worker_pid(self) -> int | None:
+        """The process id of the current worker."""
+        link = self._link
+        return link.pid if link else None
+
+    # The watching thread.
+
+    def _watch(self) -> None:
+        failed_starts = 0
+        while not self._closing:
+            link = WorkerLink(self._start)
+            with self._changed:
+                self._link = link
+            self._log(logging.INFO, "worker started", worker=link.pid)
+            reason = self._attend(link)
+            was_ready = self._ready
+            with self._changed:
+                self._ready = False
+            ending = link.end()
+            if self._closing:
+                break
+            failed_starts = 0 if was_ready else failed_starts + 1
+            self._sort_out_death(reason or ending, loading=not was_ready)
+            if not self._was_ready:
+                break
+            with self._changed:
+                backoff = RESTART_BACKOFF_S[min(failed_starts, len(RESTART_BACKOFF_S) - 1)]
+                self._changed.wait_for(lambda: self._closing, timeout=backoff)
+        self._fail_all(Cancelled("the server is shutting down"))
+
+    def _attend(self, link: WorkerLink) -> str:
+        """Hear the worker and its callers until it is gone; return the reason, where it gave one."""
+        reason = ""
+        load_deadline = time.monotonic() + self._start.settings.start_timeout_s
+        while not self._closing:
+            try:
+                event = link.receive(timeout=POLL_S)
+            except WorkerGone:
+                break
+            if isinstance(event, NotReady):
+                reason = event.reason
+            elif event is not None:
+                self._take(event)
+            elif not self._ready and time.monotonic() > load_deadline:
+                return f"the model was not loaded within {self._start.settings.start_timeout_s:g} s"
+            self._look_after_callers()
+        return reason
+
+    def _take(self, event: Event) -> None:
+        with self._changed:
+            if isinstance(event, Ready):
+                self._ready = self._was_ready = True
+                self._log(logging.INFO, "worker ready", worker=self.worker_pid)
+                entry = None
+            elif isinstance(event, Progress):
+                entry = self._sent.get(event.job)
+            elif isinstance(event, (Done, Failed)):
+                entry = self._sent.pop(event.job, None)
+            self._dispatch()
+            self._changed.notify_all()
+        if entry is None:
+            return  # no request's event, or one that was answered already because its deadline had passed
+        if isinstance(event, Progress):
+            entry.task.on_progress(event.step, event.steps, event.preview)
+        elif isinstance(event, Done):
+            entry.task.on_done(event.result)
+        elif isinstance(event, Failed):
+            entry.task.on_failed(event.error)
+
+    def _look_after_callers(self) -> None:
+        now = time.monotonic()
+        with self._changed:
+            waiting, running = list(self._queue), list(self._sent.values())
+        for entry in waiting:
+            if entry.task.is_cancelled():
+                self._withdraw(entry, Cancelled("the request was cancelled"))
+            elif now > entry.deadline:
+                self._withdraw(entry, DeadlineExceeded("the request waited past its deadline"))
+        for entry in running:
+            if now > entry.deadline + DEADLINE_GRACE_S:
+                self._withdraw(entry, DeadlineExceeded("the request ran past its deadline"))
+            elif not entry.cancel_sent and entry.task.is_cancelled():
+                entry.cancel_sent = True
+                self._cancel(entry)
+
+    def _withdraw(self, entry: _Entry, error: RequestError) -> None:
+        """Answer a request in the worker's place, if it still has no answer."""
+        with self._changed:
+            if entry in self._queue:
+                self._queue.remove(entry)
+            elif self._sent.pop(entry.job, None):
+                self._cancel(entry)
+            else:
+                return
+            self._changed.notify_all()
+        entry.task.on_failed(error)
+
+    def _sort_out_death(self, cause: str, *, loading: bool) -> None:
+        """Decide what becomes of the requests of a worker that has died."""
+        with self._changed:
+            in_flight = list(self._sent.values())
+            self._sent.clear()
+            for entry in in_flight:
+                entry.deaths += 1
+            given_up = [entry for entry in in_flight if entry.deaths >= MAX_DEATHS]
+            again = [entry for entry in in_flight if entry.deaths < MAX_DEATHS]
+            self._queue.extendleft(reversed(again))
+            if not self._was_ready:
+                self._start_error = cause
+            self._changed.notify_all()
+        self._log(
+            logging.ERROR,
+            "worker failed to start" if loading else "worker died",
+            cause=cause,
+            again=",".join(entry.task.task_id for entry in again) or None,
+            given_up=",".join(entry.task.task_id for entry in given_up) or None,
+        )
+        for entry in given_up:
+            entry.task.on_failed(ServerError(f"the worker died {MAX_DEATHS} times while it ran this request"))
+        if loading:
+            self._fail_all(ServerError(f"the worker cannot start: {cause}"))
+
+    def _fail_all(self, error: RequestError) -> None:
+        with self._changed:
+            entries = [*self._sent.values(), *self._queue]
+            self._sent.clear()
+            self._queue.clear()
+            self._changed.notify_all()
+        for entry in entries:
+            entry.task.on_failed(error)
+
+    # With the lock held, from any thread.
+
+    def _dispatch(self) -> None:
+        """Send what may run now; a request that saw a worker die runs alone."""
+        while self._ready and self._link and self._queue:
+            if self._sent and (self._queue[0].deaths or any(entry.deaths for entry in self._sent.values())):
+                return
+            entry = self._queue.popleft()
+            self._sent[entry.job] = entry
+            self._link.send(Submit(entry.job, entry.task.task_id, entry.request, entry.deadline))
+
+    def _cancel(self, entry: _Entry) -> None:
+        if self._link:
+            self._link.send(Cancel(entry.job))
+
+    def _log(self, level: int, event: str, **fields: object) -> None:
+        log(logger, level, event, instance=self._start.instance, **fields)

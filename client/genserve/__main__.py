@@ -1,0 +1,6 @@
+"""``python -m genserve`` is the command line."""
+
+from genserve.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""`genserve doctor`: what serving needs on this machine, checked one by one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from genserve.serve.options import ServeError, ServeOptions, cache_folder, make_folder, state_folder
+from genserve.serve.process import SHM_FOLDER, check_ports
+from genserve.serve.repository import CHECKPOINTS, render
+from genserve.serve.state import ServerState
+from genserve.serve.triton import find_libpython, platform_version
+from genserve.serve.wheels import TRITON, check_platform, on_path
+
+MIN_SHM_BYTES = 256 * 2**20
+"""Below this, images of several requests at once run out of shared memory: Docker's default of 64 MB does."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one check. A warning does not keep the server from starting."""
+
+    subject: str
+    state: Literal["ok", "warn", "fail"]
+    detail: str
+
+
+def examine(http_port: int) -> list[Finding]:
+    """Run every check."""
+    return [finding for check in CHECKS for finding in _guarded(check, ServeOptions(http_port=http_port))]
+
+
+def _guarded(check: Callable[[ServeOptions], Iterator[Finding]], options: ServeOptions) -> list[Finding]:
+    subject = check.__name__.strip("_")
+    try:
+        return list(check(options))
+    except ServeError as error:
+        return [Finding(subject, "fail", str(error))]
+
+
+def _platform(_: ServeOptions) -> Iterator[Finding]:
+    if on_path("tritonserver"):
+        yield Finding("platform", "ok", "tritonserver is installed, so any platform that runs it will do")
+        return
+    check_platform(TRITON)
+    yield Finding("platform", "ok", "Linux on x86_64, glibc recent enough for the embedded Triton")
+
+
+def _python(_: ServeOptions) -> Iterator[Finding]:
+    if on_path("tritonserver"):
+        yield Finding("python", "ok", f"Python {platform_version()}; Triton brings its own interpreter")
+        return
+    yield Finding("python", "ok", f"Python {platform_version()} with {find_libpython()}")
+
+
+def _triton(_: ServeOptions) -> Iterator[Finding]:
+    installed = on_path("tritonserver")
+    folder = cache_folder() / f"{TRITON.name}-{TRITON.version}"
+    if installed:
+        yield Finding("triton", "ok", str(installed))
+    elif folder.is_dir():
+        yield Finding("triton", "ok", f"embedded, in {folder}")
+    else:
+        make_folder(cache_folder(), setting="GENSERVE_CACHE_DIR")
+        yield Finding("triton", "warn", f"not fetched yet; the first `genserve serve` puts it into {folder}")
+
+
+def _torch(_: ServeOptions) -> Iterator[Finding]:
+    try:
+        import torch
+    except ModuleNotFoundError:
+        yield Finding("torch", "fail", "not installed: pip install 'genserve[serve]'")
+        return
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        detail = f"{torch.__version__}, no usable GPU: models run on the CPU"
+        yield Finding("torch", "warn" if built and Path("/dev/nvidiactl").exists() else "ok", detail)
+        return
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    yield Finding("torch", "ok", f"{torch.__version__}, {len(names)} GPU(s): {', '.join(names)}")
+
+
+def _memory(_: ServeOptions) -> Iterator[Finding]:
+    if not SHM_FOLDER.is_dir():
+        yield Finding("shm", "fail", f"no {SHM_FOLDER}: Triton's Python backend needs it")
+        return
+    total = shutil.disk_usage(SHM_FOLDER).total
+    small = total < MIN_SHM_BYTES
+    advice = "; too small for several images at once (docker run --shm-size=1g)" if small else ""
+    yield Finding("shm", "warn" if small else "ok", f"{total / 2**20:.0f} MiB in {SHM_FOLDER}{advice}")
+
+
+def _folders(options: ServeOptions) -> Iterator[Finding]:
+    folder = make_folder(state_folder(options.http_port).parent, setting="GENSERVE_STATE_DIR")
+    yield Finding("state", "ok", str(folder))
+
+
+def _ports(options: ServeOptions) -> Iterator[Finding]:
+    running = ServerState.of(options.http_port).process()
+    if running:
+        yield Finding("ports", "ok", f"a server runs on HTTP port {options.http_port} (process {running.pid})")
+        return
+    check_ports(options)
+    yield Finding("ports", "ok", ", ".join(map(str, options.ports)) + " are free")
+
+
+def _models(options: ServeOptions) -> Iterator[Finding]:
+    for model in CHECKPOINTS:
+        with tempfile.TemporaryDirectory() as target:
+            try:
+                render(replace(options, models=(model,)), Path(target) / "repository", os.environ)
+            except ServeError as error:
+                yield Finding(model, "fail", str(error).removeprefix(f"{model}: "))
+            else:
+                yield Finding(model, "ok", "checkpoint found")
+
+
+CHECKS: tuple[Callable[[ServeOptions], Iterator[Finding]], ...] = (
+    _platform,
+    _python,
+    _triton,
+    _torch,
+    _memory,
+    _folders,
+    _ports,
+    _models,
+)

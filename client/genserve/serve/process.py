@@ -1,0 +1,162 @@
+"""One running tritonserver: started, waited for, watched, ended with all that belongs to it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import uuid
+from pathlib import Path
+from typing import IO
+
+import psutil
+import tritonclient.http as triton_http
+from tritonclient.utils import InferenceServerException
+
+from genserve.serve.options import ServeError, ServeOptions
+from genserve.serve.triton import STUB, Triton
+from genserve_backend.board import BOARD_ENV
+
+PR_SET_PDEATHSIG = 1  # prctl(2)
+SHM_FOLDER = Path("/dev/shm")  # noqa: S108  # this is where Triton's Python backend keeps its segments
+SHM_PREFIX = "genserve"
+POLL_S = 0.2
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class TritonProcess:
+    """A tritonserver, its stubs and their workers.
+
+    Args:
+        triton: What to start.
+        options: Addresses and limits.
+        repository: The rendered model repository.
+        board: Path of the board that its models share.
+        log: Where its output goes, or None for this process's own.
+    """
+
+    def __init__(
+        self, triton: Triton, options: ServeOptions, *, repository: Path, board: Path, log: IO[bytes] | None = None
+    ) -> None:
+        clear_abandoned_segments()
+        check_ports(options)
+        self._options = options
+        self._shm_prefix = f"{SHM_PREFIX}-{os.getpid()}-{uuid.uuid4().hex[:8]}-"
+        self._process = subprocess.Popen(
+            triton.command(options, repository=repository, shm_prefix=self._shm_prefix),
+            env={**os.environ, **triton.environment, BOARD_ENV: str(board)},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # Ctrl-C is for us: we end it in order
+            preexec_fn=_end_with_parent,  # noqa: PLW1509  # safe: this process has one thread
+        )
+        self._stubs: list[psutil.Process] = []
+
+    @property
+    def pid(self) -> int:
+        """The process id of tritonserver."""
+        return self._process.pid
+
+    @property
+    def stubs(self) -> list[int]:
+        """Process ids of the Python backend's stubs, as they were when the server got ready."""
+        return [stub.pid for stub in self._stubs]
+
+    def poll_ready(self) -> bool:
+        """Whether every model is ready to serve.
+
+        Raises:
+            ServeError: One of them never will be, or the server has ended.
+        """
+        if self._process.poll() is not None:
+            raise ServeError(f"tritonserver ended with {self._process.returncode} while it started; its log says why")
+        try:
+            client = triton_http.InferenceServerClient(
+                f"{self._options.local_host}:{self._options.http_port}", connection_timeout=2.0, network_timeout=5.0
+            )
+            with client:
+                index = client.get_model_repository_index()
+        except (OSError, InferenceServerException):
+            return False  # not listening yet: Triton loads its models first
+        for model in index:
+            if model.get("state") == "UNAVAILABLE":
+                raise ServeError(_one_line(model.get("reason", "")) or f"model {model['name']} failed to load")
+        if not index or any(model.get("state") != "READY" for model in index):
+            return False
+        self._stubs = [child for child in psutil.Process(self.pid).children() if STUB.startswith(child.name())]
+        return True
+
+    def what_died(self) -> str | None:
+        """Names the first part of the server that is gone, or None while all is well."""
+        if self._process.poll() is not None:
+            return f"tritonserver ended with {self._process.returncode}"
+        for stub in self._stubs:
+            try:
+                alive = stub.is_running() and stub.status() != psutil.STATUS_ZOMBIE
+            except psutil.NoSuchProcess:
+                alive = False
+            if not alive:
+                return f"stub {stub.pid} died"
+        return None
+
+    def stop(self, drain_s: float) -> None:
+        """Let requests in flight finish for at most `drain_s`, then end every process and remove every segment."""
+        family = self._family()
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(drain_s)
+        except subprocess.TimeoutExpired:
+            family = self._family() or family
+            self._process.kill()
+            self._process.wait()
+        # Stubs follow their server and workers follow their stub, by themselves; what is stuck is killed.
+        _, alive = psutil.wait_procs(family, timeout=3.0)
+        for process in alive:
+            process.kill()
+        psutil.wait_procs(alive, timeout=3.0)
+        for segment in SHM_FOLDER.glob(f"{self._shm_prefix}*"):
+            segment.unlink(missing_ok=True)
+
+    def _family(self) -> list[psutil.Process]:
+        try:
+            return psutil.Process(self.pid).children(recursive=True)
+        except psutil.NoSuchProcess:
+            return []
+
+
+def _end_with_parent() -> None:
+    """Run in the child: end in order when this process dies, in whatever way."""
+    _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _one_line(reason: str) -> str:
+    """Triton's reason for a model that failed: the innermost message, without its layers' names and the traceback."""
+    line = " ".join(reason.partition("\n\nAt:\n")[0].split())
+    return line.rpartition("TritonModelException: ")[2]
+
+
+def check_ports(options: ServeOptions) -> None:
+    """Raise ServeError when the address cannot be bound, naming the flag that changes the port."""
+    flags = ("--http-port", "--grpc-port", "--metrics-port")
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    for port, flag in zip(options.ports, flags, strict=True):
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((options.host, port))
+            except OSError as error:
+                raise ServeError(
+                    f"port {port} on {options.host}: {os.strerror(error.errno or 0)} (choose another with {flag})"
+                ) from None
+
+
+def clear_abandoned_segments() -> None:
+    """Remove shared memory of servers whose `genserve serve` was killed before it could do so itself."""
+    for segment in SHM_FOLDER.glob(f"{SHM_PREFIX}-*"):
+        owner = segment.name.split("-")[1]
+        if owner.isdecimal() and not psutil.pid_exists(int(owner)):
+            segment.unlink(missing_ok=True)

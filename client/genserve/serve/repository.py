@@ -1,0 +1,136 @@
+"""The model repository as it is served: the given one, with what only the environment or the command line knows.
+
+Triton's configuration cannot read the environment, so each model is rendered into a folder of the server's own: its
+``config.pbtxt`` adjusted, everything else linked to.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2
+
+from genserve.serve.options import ServeError, ServeOptions
+from genserve_backend.checkpoints import CheckpointError
+from genserve_backend.flux.checkpoint import FluxCheckpoint
+from genserve_backend.rerank.checkpoint import RerankCheckpoint
+from genserve_backend.settings import FluxSettings, ModelSettings, RerankSettings, SettingsError, load
+
+CHECKPOINTS: dict[str, tuple[type[ModelSettings], Callable[[Path], object]]] = {
+    "flux": (FluxSettings, FluxCheckpoint.read),
+    "rerank": (RerankSettings, RerankCheckpoint.read),
+}
+"""The models that load a checkpoint, and how it is read."""
+SUPPORT = ("tasks",)
+"""Models that are served whichever others are chosen."""
+GPU_ENV = {"flux": "FLUX_GPUS", "rerank": "RERANK_GPUS"}
+INSTANCE_ENV = {"flux": "FLUX_WORKERS", "rerank": "WORKERS"}
+
+
+def render(options: ServeOptions, target: Path, environ: Mapping[str, str] = os.environ) -> list[str]:
+    """Write the repository to serve into `target`, and return its models.
+
+    Raises:
+        ServeError: The repository, a setting or a checkpoint is not usable.
+    """
+    names = _chosen(options)
+    for name in names:
+        source = options.repository / name
+        config = _read(source / "config.pbtxt")
+        if name in CHECKPOINTS:
+            settings = _check(name, config, options.repository, environ)
+            _place(config, options, environ)
+            _limit(config, settings, environ)
+        folder = target / name
+        folder.mkdir(parents=True)
+        (folder / "config.pbtxt").write_text(text_format.MessageToString(config))
+        for item in source.iterdir():
+            if item.name != "config.pbtxt":
+                (folder / item.name).symlink_to(item.resolve())
+    return names
+
+
+def _chosen(options: ServeOptions) -> list[str]:
+    repository = options.repository
+    if not repository.is_dir():
+        raise ServeError(f"no model repository at {repository} (give --repository)")
+    present = sorted(path.parent.name for path in repository.glob("*/config.pbtxt"))
+    if not present:
+        raise ServeError(f"no models in {repository}: no folder there has a config.pbtxt")
+    unknown = [name for name in options.models if name not in present]
+    if unknown:
+        raise ServeError(f"no model {unknown[0]} in {repository}, which has {', '.join(present)}")
+    return [name for name in present if not options.models or name in options.models or name in SUPPORT]
+
+
+def _read(path: Path) -> Any:
+    try:
+        return text_format.Parse(path.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ServeError(f"cannot read {path}: {error}") from None
+    except text_format.ParseError as error:
+        raise ServeError(f"{path} is not a Triton configuration: {error}") from None
+
+
+def _check(name: str, config: Any, repository: Path, environ: Mapping[str, str]) -> ModelSettings:
+    """Find out now, rather than from the worker's log, whether the model can be loaded; fix its path for the stub."""
+    settings_class, read = CHECKPOINTS[name]
+    parameters = {key: value.string_value for key, value in config.parameters.items()}
+    try:
+        settings = load(settings_class, parameters, repository=repository, environ=environ)
+        read(settings.model_path)
+    except (SettingsError, CheckpointError) as error:
+        raise ServeError(f"{name}: {error}") from None
+    config.parameters["model_path"].string_value = str(settings.model_path.absolute())
+    return settings
+
+
+def _place(config: Any, options: ServeOptions, environ: Mapping[str, str]) -> None:
+    """Put the instances on the chosen devices."""
+    gpus = options.gpus if options.gpus is not None else _gpus_from(GPU_ENV[config.name], environ)
+    count = options.instances.get(config.name) or _number(INSTANCE_ENV[config.name], environ, 1)
+    for group in config.instance_group:
+        group.count = count
+        if gpus:
+            group.kind = model_config_pb2.ModelInstanceGroup.KIND_GPU
+            group.gpus[:] = gpus
+
+
+def _limit(config: Any, settings: ModelSettings, environ: Mapping[str, str]) -> None:
+    """Apply what the environment says of the queue's size and patience."""
+    policy = config.dynamic_batching.default_queue_policy
+    policy.max_queue_size = _number("MAX_GLOBAL_QUEUE_SIZE", environ, policy.max_queue_size)
+    if environ.get("TASK_TIMEOUT"):
+        policy.default_timeout_microseconds = round(settings.task_timeout_s * 1e6)
+
+
+def parse_gpus(text: str) -> tuple[int, ...] | None:
+    """GPU ids from ``0,1,2``; None where the text is empty.
+
+    Raises:
+        ValueError: Something in it is not a GPU id.
+    """
+    ids = tuple(int(part) for part in text.replace(" ", "").split(",") if part)
+    if any(gpu < 0 for gpu in ids):
+        raise ValueError(text)
+    return ids or None
+
+
+def _gpus_from(name: str, environ: Mapping[str, str]) -> tuple[int, ...] | None:
+    try:
+        return parse_gpus(environ.get(name, ""))
+    except ValueError:
+        raise ServeError(f"{name} is {environ[name]!r}; allowed: GPU ids as in 0,1") from None
+
+
+def _number(name: str, environ: Mapping[str, str], default: int) -> int:
+    text = environ.get(name, "")
+    if not text:
+        return default
+    if not text.isdecimal() or int(text) < 1:
+        raise ServeError(f"{name} is {text!r}; allowed: a whole number, at least 1")
+    return int(text)

@@ -1,0 +1,141 @@
+"""Finding tritonserver, and the command line and environment that start it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import sysconfig
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from genserve.serve.options import ServeError, ServeOptions
+from genserve.serve.wheels import TRITON, fetch, on_path
+
+STUB = "triton_python_backend_stub"
+
+
+@dataclass(frozen=True)
+class Triton:
+    """A tritonserver that can be started here."""
+
+    binary: Path
+    source: str
+    arguments: tuple[str, ...] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def command(self, options: ServeOptions, *, repository: Path, shm_prefix: str) -> list[str]:
+        """The whole command line."""
+        info = "true" if options.verbose else "false"
+        return [
+            str(self.binary),
+            f"--model-repository={repository}",
+            f"--http-address={options.host}",
+            f"--http-port={options.http_port}",
+            f"--grpc-address={options.host}",
+            f"--grpc-port={options.grpc_port}",
+            f"--metrics-address={options.host}",
+            f"--metrics-port={options.metrics_port}",
+            "--model-control-mode=none",
+            "--disable-auto-complete-config",
+            # A model that fails to load is reported by its name and reason, which a server that has exited cannot do.
+            "--exit-on-error=false",
+            f"--exit-timeout-secs={options.exit_timeout_s}",
+            f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
+            f"--log-info={info}",
+            "--log-format=ISO8601",
+            *self.arguments,
+        ]
+
+
+def find_triton() -> Triton:
+    """The tritonserver on PATH, as in NVIDIA's container, else the embedded one, fetched if need be.
+
+    Raises:
+        ServeError: There is none for this platform, or it cannot be fetched.
+    """
+    installed = on_path("tritonserver")
+    return Triton(installed, source="PATH") if installed else embedded_triton()
+
+
+def embedded_triton() -> Triton:
+    """The tritonserver inside the nvidia-pytriton wheel, set up for the running Python.
+
+    Raises:
+        ServeError: The platform or this Python is not supported, or the wheel cannot be fetched.
+    """
+    library = find_libpython()
+    folder = fetch(TRITON)
+    server = folder / "pytriton" / "tritonserver"
+    binary = server / "bin" / "tritonserver"
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    libraries = os.pathsep.join(filter(None, [str(library.parent), os.environ.get("LD_LIBRARY_PATH")]))
+    return Triton(
+        binary,
+        source=f"{TRITON.name} {TRITON.version}",
+        arguments=(
+            f"--backend-directory={_backends(server)}",
+            f"--cache-directory={server / 'caches'}",
+        ),
+        environment={
+            # The stub embeds the interpreter of this library, and names the first python3 on PATH as its own.
+            "PATH": path,
+            "LD_LIBRARY_PATH": libraries,
+            "PYTHONPATH": os.pathsep.join(_import_path()),
+        },
+    )
+
+
+def find_libpython() -> Path:
+    """The running Python's shared library, which Triton's stub links.
+
+    Raises:
+        ServeError: This Python was built without one, or Triton has no stub for its version.
+    """
+    if not (3, 10) <= sys.version_info[:2] <= (3, 13):
+        raise ServeError(f"Python {platform_version()} is not supported: use 3.10 to 3.13")
+    name = f"libpython{platform_version()}.so.1.0"
+    folders = [sysconfig.get_config_var("LIBDIR"), f"{sys.base_prefix}/lib"]
+    multiarch = sysconfig.get_config_var("MULTIARCH")
+    folders += [f"/usr/lib/{multiarch}"] if multiarch else []
+    for folder in filter(None, folders):
+        if (Path(folder) / name).exists():
+            return Path(folder) / name
+    raise ServeError(
+        f"{sys.base_prefix} has no {name}, which Triton needs: on Debian and Ubuntu install"
+        f" libpython{platform_version()}, elsewhere use a Python built with --enable-shared"
+    )
+
+
+def platform_version() -> str:
+    """The running Python's version as in 3.12."""
+    return f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def _backends(server: Path) -> Path:
+    """A backend folder whose stub is the running Python's; one for each version, as several may share the cache."""
+    version = platform_version()
+    backends = server / f"backends-{version}"
+    python = backends / "python"
+    wanted = {path.name: path for path in (server / "backends" / "python").iterdir() if path.is_file()}
+    wanted[STUB] = server / "python_backend_stubs" / version / STUB
+    for name, source in wanted.items():
+        link = python / name
+        if link.exists():
+            continue
+        try:
+            python.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(os.path.relpath(source, python))
+        except FileExistsError:
+            pass  # another server did the same at the same time
+        except OSError as error:
+            raise ServeError(f"cannot set up {backends}: {error.strerror}") from None
+    return backends
+
+
+def _import_path() -> list[str]:
+    """Where the stub imports from: this environment's packages, and our own, which an editable install has elsewhere."""
+    import genserve_backend
+
+    own = [str(Path(module.__file__).parents[1]) for module in (genserve_backend,) if module.__file__]
+    packages = [entry for entry in sys.path if Path(entry).name in {"site-packages", "dist-packages"}]
+    return list(dict.fromkeys([*own, *packages]))

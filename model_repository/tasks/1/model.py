@@ -1,0 +1,59 @@
+"""`tasks`, what is in flight: status, cancel and list, from the board that the instances write."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import triton_python_backend_utils as pb_utils
+
+from genserve_backend import logs
+from genserve_backend.adapter.instance import MAX_TASK_ID_CHARACTERS
+from genserve_backend.adapter.reply import error_response
+from genserve_backend.adapter.tensors import bytes_tensor, read_text
+from genserve_backend.board import Board
+from genserve_backend.errors import InvalidInput, RequestError, ServerError
+
+ACTIONS = ("status", "cancel", "list")
+
+logger = logging.getLogger("genserve_backend.tasks")
+
+
+class TritonPythonModel:
+    """What Triton's Python backend calls."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Open the board."""
+        logs.configure()
+        self.board = Board()
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Answer each request by itself."""
+        return [self.answer(request) for request in requests]
+
+    def answer(self, request: Any) -> Any:
+        """TASK as JSON (a list for the action list), and PREVIEW."""
+        try:
+            task, preview = self.act(read_text(request, "ACTION"), read_text(request, "TASK_ID"))
+        except RequestError as error:
+            return error_response(error)
+        except Exception:
+            logger.exception("the board could not be read")
+            return error_response(ServerError("the board could not be read; see the server's log"))
+        outputs = [bytes_tensor("TASK", [json.dumps(task)], (1,)), bytes_tensor("PREVIEW", [preview], (1,))]
+        return pb_utils.InferenceResponse(output_tensors=outputs)
+
+    def act(self, action: str, task_id: str) -> tuple[Any, bytes]:
+        """Do what the caller asks for."""
+        if action not in ACTIONS:
+            raise InvalidInput.of("ACTION", action, ", ".join(ACTIONS))
+        if action == "list":
+            return self.board.listing(), b""
+        if not 1 <= len(task_id) <= MAX_TASK_ID_CHARACTERS:
+            raise InvalidInput.of("TASK_ID", f"{len(task_id):,} characters long", f"1 to {MAX_TASK_ID_CHARACTERS}")
+        return self.board.status(task_id) if action == "status" else self.board.cancel(task_id)
+
+    def finalize(self) -> None:
+        """Close the board."""
+        self.board.close()

@@ -1,0 +1,257 @@
+"""Every kind of reranker, through the handler, against plain transformers: one pair at a time, without padding."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
+
+from genserve_backend.checkpoints import CheckpointError
+from genserve_backend.errors import Cancelled
+from genserve_backend.rerank.handler import build
+from genserve_backend.rerank.request import RerankRequest, RerankResult
+from genserve_backend.settings import RerankSettings
+from genserve_backend.worker.engine import Job
+from genserve_backend.worker.messages import Event, Progress, Submit
+
+QUERY = "What is the capital of France?"
+TOO_LONG = 3
+DOCUMENTS = (
+    "Paris is the capital of France.",
+    "",
+    "巴黎是法国的首都。大熊猫吃竹子。",
+    "The giant panda eats bamboo. " * 200,
+    "no",
+    "Berlin \U0001f43c\U0001f1eb\U0001f1f7 \U0001f469\u200d\U0001f680 e\u0301",
+    "  \n\t ",
+    "Berlin is the capital of Germany, and yes, the giant panda lives in China.",
+)
+LIMITS = ((1, 1), (3, 150), (256, 16_384))
+
+Reference = Callable[[Path, str, str], float]
+
+
+def bi_encoder_reference(folder: Path, query: str, document: str, *, pooling: str = "mean") -> float:
+    """(cosine + 1) / 2 of two embeddings, the texts cut to 48 tokens."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+
+    def embed(text: str) -> torch.Tensor:
+        with torch.no_grad():
+            inputs = tokenizer(text, truncation=True, max_length=48, return_tensors="pt")
+            hidden: torch.Tensor = model(**inputs).last_hidden_state[0]
+        return {"mean": hidden.mean(0), "cls": hidden[0], "max": hidden.amax(0), "lasttoken": hidden[-1]}[pooling]
+
+    cosine = torch.nn.functional.cosine_similarity(embed(query), embed(document), dim=0)
+    return float((cosine + 1) / 2)
+
+
+def cross_encoder_reference(folder: Path, query: str, document: str) -> float:
+    """The sigmoid of the only logit, the document cut so that the pair has 64 tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    # Lists of one, because an empty document outside of a list is taken for no document at all.
+    inputs = tokenizer([query], [document], truncation="only_second", max_length=64, return_tensors="pt")
+    with torch.no_grad():
+        return float(model(**inputs).logits[0, 0].sigmoid())
+
+
+def causal_reference(folder: Path, query: str, document: str, *, instruction: str = "") -> float:
+    """The code of Qwen3-Reranker's model card, with the whole vocabulary and a limit of 512 tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    instruction = instruction or "Given a web search query, retrieve relevant passages that answer the query"
+    prefix = (
+        "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+        'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+    )
+    suffix = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    before = tokenizer.encode(prefix, add_special_tokens=False)
+    after = tokenizer.encode(suffix, add_special_tokens=False)
+    body = tokenizer(
+        f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}",
+        padding=False,
+        truncation="longest_first",
+        max_length=512 - len(before) - len(after),
+    )["input_ids"]
+    no, yes = tokenizer.convert_tokens_to_ids("no"), tokenizer.convert_tokens_to_ids("yes")
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([before + body + after])).logits[0, -1]
+    return float(torch.log_softmax(torch.stack([logits[no], logits[yes]]), dim=0).exp()[1])
+
+
+MODELS: dict[str, tuple[Callable[[Path], Path], Reference]] = {
+    "bi-encoder": (tiny_models.bert_bi_encoder, bi_encoder_reference),
+    "cross-encoder": (tiny_models.bert_cross_encoder, cross_encoder_reference),
+    "cross-encoder with offset positions": (tiny_models.roberta_cross_encoder, cross_encoder_reference),
+    "causal": (tiny_models.qwen3_causal, causal_reference),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("rerankers")
+    return {name: make(root / name.replace(" ", "-")) for name, (make, _) in MODELS.items()}
+
+
+@pytest.fixture(scope="module")
+def expected(folders: dict[str, Path]) -> dict[str, list[float]]:
+    return {
+        name: [reference(folders[name], QUERY, document) for document in DOCUMENTS]
+        for name, (_, reference) in MODELS.items()
+    }
+
+
+def new_job(request: RerankRequest, events: list[Event] | None = None) -> Job:
+    submit = Submit(job=1, task_id="t", request=request, deadline=time.monotonic() + 60)
+    return Job(submit, emit=(events if events is not None else []).append)
+
+
+def rerank(
+    folder: Path,
+    *,
+    query: str = QUERY,
+    documents: tuple[str, ...] = DOCUMENTS,
+    instruction: str | None = None,
+    max_num_seqs: int = 256,
+    max_num_batched_tokens: int = 16_384,
+    max_length: int = 0,
+    events: list[Event] | None = None,
+) -> RerankResult:
+    settings = RerankSettings(
+        model_path=folder,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_length=max_length,
+    )
+    request = RerankRequest(query, documents, instruction)
+    result: RerankResult = build(settings, "cpu")(request, new_job(request, events))
+    return result
+
+
+@pytest.mark.parametrize("limits", LIMITS, ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_plain_transformers_whatever_the_batches(
+    name: str, limits: tuple[int, int], folders: dict[str, Path], expected: dict[str, list[float]]
+) -> None:
+    result = rerank(folders[name], max_num_seqs=limits[0], max_num_batched_tokens=limits[1])
+    assert result.scores == pytest.approx(expected[name], abs=1e-4)
+    assert result.truncated == [TOO_LONG]
+    assert max(result.scores) - min(result.scores) > 0.01, "the checkpoint does not tell the documents apart"
+
+
+@pytest.mark.parametrize("pooling", ["cls", "max", "lasttoken"])
+def test_poolings_equal_plain_transformers(pooling: str, tmp_path: Path) -> None:
+    folder = tiny_models.bert_bi_encoder(tmp_path, pooling=pooling)
+    wanted = [bi_encoder_reference(folder, QUERY, document, pooling=pooling) for document in DOCUMENTS]
+    assert rerank(folder, max_num_seqs=3).scores == pytest.approx(wanted, abs=1e-4)
+
+
+def test_bi_encoder_prompts_and_case(tmp_path: Path) -> None:
+    folder = tiny_models.bert_bi_encoder(tmp_path)
+    prompts = {"query": "query: ", "passage": "a document: ", "document": ""}
+    tiny_models.write_json(folder / "config_sentence_transformers.json", {"prompts": prompts})
+    wanted = [bi_encoder_reference(folder, f"query: {QUERY}", f"a document: {document}") for document in DOCUMENTS]
+    assert rerank(folder).scores == pytest.approx(wanted, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cross-encoder", "cross-encoder with offset positions"])
+def test_cross_encoder_keeps_a_query_that_leaves_room_for_one_token(name: str, folders: dict[str, Path]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folders[name])
+    query = ""
+    while len(tokenizer(f"{query} a", "a")["input_ids"]) <= 64:
+        query += " a"
+    result = rerank(folders[name], query=query, documents=("a", "France France"))
+    wanted = [cross_encoder_reference(folders[name], query, document) for document in ("a", "France France")]
+    assert result.scores == pytest.approx(wanted, abs=1e-4)
+    assert result.truncated == [1]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_query_beyond_the_limit_is_scored(name: str, folders: dict[str, Path]) -> None:
+    result = rerank(folders[name], query="capital of France " * 500, documents=("Paris", "a panda", ""))
+    assert all(0 <= score <= 1 for score in result.scores)
+    if name != "causal":
+        assert result.truncated == []
+        assert result.scores[0] != pytest.approx(result.scores[1], abs=1e-6), "the documents were not read"
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_max_length_lowers_the_limit_and_never_raises_it(name: str, folders: dict[str, Path]) -> None:
+    assert rerank(folders[name], max_length=100_000).scores == pytest.approx(rerank(folders[name]).scores, abs=1e-6)
+    lower = {"causal": 300, "bi-encoder": 12}.get(name, 24)
+    result = rerank(folders[name], max_length=lower, documents=("yes", "no", "the capital of Germany " * 40))
+    assert result.truncated == [2]
+    assert result.tokens <= (4 if name == "bi-encoder" else 3) * lower
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_limit_below_the_special_tokens_is_refused(name: str, folders: dict[str, Path]) -> None:
+    with pytest.raises(CheckpointError, match="leaves no room"):
+        rerank(folders[name], max_length=2)
+
+
+def test_tokens_counts_what_the_model_reads(folders: dict[str, Path]) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folders["cross-encoder"])
+    wanted = sum(
+        len(ids)
+        for ids in tokenizer([QUERY] * len(DOCUMENTS), list(DOCUMENTS), truncation="only_second", max_length=64)[
+            "input_ids"
+        ]
+    )
+    assert rerank(folders["cross-encoder"]).tokens == wanted
+
+
+def test_instruction_reaches_the_causal_prompt(folders: dict[str, Path]) -> None:
+    documents = DOCUMENTS[:2]
+    result = rerank(folders["causal"], documents=documents, instruction="Find the capital")
+    wanted = [
+        causal_reference(folders["causal"], QUERY, document, instruction="Find the capital") for document in documents
+    ]
+    assert result.scores == pytest.approx(wanted, abs=1e-4)
+    own = rerank(folders["causal"], documents=documents)
+    assert rerank(folders["causal"], documents=documents, instruction="").scores == own.scores
+    assert result.scores != pytest.approx(own.scores, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_progress_counts_documents(name: str, folders: dict[str, Path]) -> None:
+    events: list[Event] = []
+    rerank(folders[name], max_num_seqs=2, events=events)
+    steps = [(event.step, event.steps) for event in events if isinstance(event, Progress)]
+    assert steps == sorted(steps)
+    assert steps[-1] == (len(DOCUMENTS), len(DOCUMENTS))
+    assert len(steps) >= len(DOCUMENTS) // 2
+
+
+def test_a_cancelled_job_stops(folders: dict[str, Path]) -> None:
+    handler = build(RerankSettings(model_path=folders["cross-encoder"]), "cpu")
+    request = RerankRequest(QUERY, DOCUMENTS, None)
+    job = new_job(request)
+    job.cancelled = True
+    with pytest.raises(Cancelled):
+        handler(request, job)
+
+
+def test_a_causal_model_without_yes_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is no token of"):
+        rerank(tiny_models.qwen3_causal(tmp_path, answers=False))
+
+
+def test_weights_that_are_not_in_the_folder_are_not_made_up(tmp_path: Path) -> None:
+    folder = tiny_models.bert_cross_encoder(tmp_path)
+    encoder = AutoModel.from_pretrained(folder)
+    config = (folder / "config.json").read_text(encoding="utf-8")
+    encoder.save_pretrained(folder)
+    (folder / "config.json").write_text(config, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"lack 2 tensors, classifier\.bias"):
+        rerank(folder)
