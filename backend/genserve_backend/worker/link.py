@@ -15,6 +15,9 @@ from queue import SimpleQueue
 
 from genserve_backend.worker.messages import Cancel, Event, Start, Submit
 
+WORKER_PATH_ENV = "GENSERVE_WORKER_PYTHONPATH"
+"""Where workers import from, where that is not what Triton's stub imports from."""
+
 
 class WorkerGone(Exception):
     """The worker has died, or closed its end."""
@@ -90,9 +93,9 @@ def python_executable() -> str:
 
 
 def worker_environment() -> dict[str, str]:
-    """This process's environment, with its import path made explicit: an embedded interpreter may have its own.
+    """This process's environment, with the import path made explicit: an embedded interpreter may have its own.
 
     The current folder stays off that path, and no model hub is ever asked: a checkpoint is a local folder.
     """
-    path = os.pathsep.join(entry for entry in sys.path if entry)
+    path = os.environ.get(WORKER_PATH_ENV) or os.pathsep.join(entry for entry in sys.path if entry)
     return {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}

@@ -60,7 +60,7 @@ def _python(_: ServeOptions) -> Iterator[Finding]:
 
 def _triton(_: ServeOptions) -> Iterator[Finding]:
     installed = on_path("tritonserver")
-    folder = cache_folder() / f"{TRITON.name}-{TRITON.version}"
+    folder = cache_folder() / TRITON.folder_name
     if installed:
         yield Finding("triton", "ok", str(installed))
     elif folder.is_dir():

@@ -22,6 +22,7 @@ from genserve_backend.board import BOARD_ENV
 PR_SET_PDEATHSIG = 1  # prctl(2)
 SHM_FOLDER = Path("/dev/shm")  # noqa: S108  # this is where Triton's Python backend keeps its segments
 SHM_PREFIX = "genserve"
+MODEL_PATH_ENVS = ("FLUX_MODEL_PATH", "RERANK_MODEL_PATH")
 POLL_S = 0.2
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
@@ -46,7 +47,8 @@ class TritonProcess:
         self._shm_prefix = f"{SHM_PREFIX}-{os.getpid()}-{uuid.uuid4().hex[:8]}-"
         self._process = subprocess.Popen(
             triton.command(options, repository=repository, shm_prefix=self._shm_prefix),
-            env={**os.environ, **triton.environment, BOARD_ENV: str(board)},
+            cwd=triton.folder,
+            env={**os.environ, **_absolute_paths(), **triton.environment, BOARD_ENV: str(board.absolute())},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -131,6 +133,11 @@ class TritonProcess:
 def _end_with_parent() -> None:
     """Run in the child: end in order when this process dies, in whatever way."""
     _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _absolute_paths() -> dict[str, str]:
+    """The checkpoints that the environment names, for a process that starts in another folder."""
+    return {name: str(Path(os.environ[name]).absolute()) for name in MODEL_PATH_ENVS if os.environ.get(name)}
 
 
 def _one_line(reason: str) -> str:

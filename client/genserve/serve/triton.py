@@ -8,8 +8,10 @@ import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import genserve_backend
 from genserve.serve.options import ServeError, ServeOptions
-from genserve.serve.wheels import TRITON, fetch, on_path
+from genserve.serve.wheels import STUB_NUMPY, TRITON, fetch, on_path
+from genserve_backend.worker.link import WORKER_PATH_ENV
 
 STUB = "triton_python_backend_stub"
 
@@ -22,6 +24,8 @@ class Triton:
     source: str
     arguments: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    folder: Path | None = None
+    """Where it has to be started; its stubs import from there first."""
 
     def command(self, options: ServeOptions, *, repository: Path, shm_prefix: str) -> list[str]:
         """The whole command line."""
@@ -65,6 +69,7 @@ def embedded_triton() -> Triton:
     """
     library = find_libpython()
     folder = fetch(TRITON)
+    numpy = fetch(STUB_NUMPY)
     server = folder / "pytriton" / "tritonserver"
     binary = server / "bin" / "tritonserver"
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
@@ -76,11 +81,13 @@ def embedded_triton() -> Triton:
             f"--backend-directory={_backends(server)}",
             f"--cache-directory={server / 'caches'}",
         ),
+        folder=numpy,
         environment={
             # The stub embeds the interpreter of this library, and names the first python3 on PATH as its own.
             "PATH": path,
             "LD_LIBRARY_PATH": libraries,
-            "PYTHONPATH": os.pathsep.join(_import_path()),
+            "PYTHONPATH": os.pathsep.join([str(numpy), *_import_path()]),
+            WORKER_PATH_ENV: os.pathsep.join(_import_path()),
         },
     )
 
@@ -91,8 +98,11 @@ def find_libpython() -> Path:
     Raises:
         ServeError: This Python was built without one, or Triton has no stub for its version.
     """
-    if not (3, 10) <= sys.version_info[:2] <= (3, 13):
-        raise ServeError(f"Python {platform_version()} is not supported: use 3.10 to 3.13")
+    if not (3, 10) <= sys.version_info[:2] <= (3, 12):
+        raise ServeError(
+            f"the embedded Triton runs with Python 3.10 to 3.12, not {platform_version()}: its binaries need numpy 1,"
+            " which has no build for other versions; use one of those, or the container"
+        )
     name = f"libpython{platform_version()}.so.1.0"
     folders = [sysconfig.get_config_var("LIBDIR"), f"{sys.base_prefix}/lib"]
     multiarch = sysconfig.get_config_var("MULTIARCH")
@@ -133,9 +143,7 @@ def _backends(server: Path) -> Path:
 
 
 def _import_path() -> list[str]:
-    """Where the stub imports from: this environment's packages, and our own, which an editable install has elsewhere."""
-    import genserve_backend
-
-    own = [str(Path(module.__file__).parents[1]) for module in (genserve_backend,) if module.__file__]
+    """This environment's packages, and our own, which an editable install keeps elsewhere."""
+    own = [str(Path(genserve_backend.__path__[0]).parent)]
     packages = [entry for entry in sys.path if Path(entry).name in {"site-packages", "dist-packages"}]
     return list(dict.fromkeys([*own, *packages]))

@@ -25,14 +25,36 @@ class Wheel:
 
     name: str
     version: str
-    sha256: str
+    sha256: tuple[str, ...]
+    """One for each build that may be chosen."""
     glibc: tuple[int, int]
     """The oldest C library that its binaries run on."""
+    per_python: bool = False
+    """Whether each Python version has a build of its own."""
+
+    @property
+    def folder_name(self) -> str:
+        """Its folder in the cache."""
+        python = f"-cp{sys.version_info.major}{sys.version_info.minor}" if self.per_python else ""
+        return f"{self.name}-{self.version}{python}"
 
 
 TRITON = Wheel(
-    "nvidia-pytriton", "0.7.0", "21f063ff93bb426d0c06b7a55e7eb9efcfe62c0dddd9a908e9877e18710128df", glibc=(2, 35)
+    "nvidia-pytriton", "0.7.0", ("21f063ff93bb426d0c06b7a55e7eb9efcfe62c0dddd9a908e9877e18710128df",), glibc=(2, 35)
 )
+STUB_NUMPY = Wheel(
+    "numpy",
+    "1.26.4",
+    (
+        "ffa75af20b44f8dba823498024771d5ac50620e6915abac414251bd971b4529f",  # Python 3.10
+        "666dbfb6ec68962c033a450943ded891bed2d54e6755e35e5835d63f4f6931d5",  # Python 3.11
+        "675d61ffbfa78604709862923189bad94014bef562cc35cf61d3a07bba02a7ed",  # Python 3.12
+    ),
+    glibc=(2, 17),
+    per_python=True,
+)
+"""For the stub of that Triton alone, whose binary was compiled for numpy 1: with numpy 2 every array that it makes or
+reads has a wrong item size. Workers use the environment's numpy."""
 
 
 def check_platform(wheel: Wheel) -> None:
@@ -65,7 +87,7 @@ def fetch(wheel: Wheel) -> Path:
         ServeError: The platform is not supported, the cache cannot be written, or pip fails.
     """
     check_platform(wheel)
-    folder = cache_folder() / f"{wheel.name}-{wheel.version}"
+    folder = cache_folder() / wheel.folder_name
     if folder.is_dir():
         return folder
     cache = make_folder(cache_folder(), setting="GENSERVE_CACHE_DIR")
@@ -80,7 +102,8 @@ def fetch(wheel: Wheel) -> Path:
 
 def _pip_install(wheel: Wheel, target: Path) -> None:
     requirements = target.with_name("requirements.txt")
-    requirements.write_text(f"{wheel.name}=={wheel.version} --hash=sha256:{wheel.sha256}\n")
+    hashes = " ".join(f"--hash=sha256:{digest}" for digest in wheel.sha256)
+    requirements.write_text(f"{wheel.name}=={wheel.version} {hashes}\n")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input"]
     command += ["--no-deps", "--require-hashes", "--only-binary=:all:", "--no-compile"]
     command += ["--target", str(target), "--requirement", str(requirements)]
