@@ -7,7 +7,7 @@ import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -15,9 +15,6 @@ from genserve.client import DEFAULT_TIMEOUT_S, DEFAULT_URL, Client
 from genserve.errors import GenServeError
 from genserve.protocol import PRIORITIES
 from genserve.types import ServerStatus
-
-if TYPE_CHECKING:
-    from genserve.serve.options import ServeOptions
 
 URL_ENV = "GENSERVE_URL"
 
@@ -195,12 +192,14 @@ def models(urls: tuple[str, ...], as_json: bool) -> None:
 @click.option("--instances", multiple=True, metavar="MODEL=N", help="Instances of a model on each device.")
 @click.option("--detach", is_flag=True, help="Return when the server is ready, and leave it running.")
 @click.option("-v", "--verbose", is_flag=True, help="Show Triton's informational log lines too.")
+@json_option
 def serve(
     repository: Path | None,
     gpus: str | None,
     models_: tuple[str, ...],
     instances: tuple[str, ...],
     detach: bool,
+    as_json: bool,
     **addresses: Any,
 ) -> None:
     """Start Triton with the model repository, and keep it running until Ctrl-C."""
@@ -215,17 +214,19 @@ def serve(
     try:
         if detach:
             state = start_detached([word for word in sys.argv[2:] if word != "--detach"], options.http_port)
-            _print_addresses(options)
-            click.echo(f"{'log':<8} {state.log}")
+            _print_addresses({**options.addresses, "log": str(state.log)}, as_json=as_json)
         else:
-            Server(options).run()
+            Server(options, on_ready=lambda: _print_addresses(options.addresses, as_json=as_json)).run()
     except ServeError as error:
         _fail(str(error))
 
 
-def _print_addresses(options: ServeOptions) -> None:
-    for name, address in options.addresses.items():
-        click.echo(f"{name:<8} {address}")
+def _print_addresses(addresses: dict[str, str], *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(addresses))
+    else:
+        for name, address in addresses.items():
+            click.echo(f"{name:<8} {address}")
 
 
 def _gpus(text: str | None) -> tuple[int, ...] | None:
@@ -246,14 +247,16 @@ def _instance_count(text: str) -> tuple[str, int]:
 
 @main.command()
 @http_port_option
-def stop(http_port: int) -> None:
+@json_option
+def stop(http_port: int, as_json: bool) -> None:
     """End the server on that HTTP port, after its requests in flight have finished."""
     from genserve.serve.options import ServeError
     from genserve.serve.state import stop_server
 
     try:
         if stop_server(http_port):
-            click.echo(f"stopped the server on HTTP port {http_port}")
+            stopped = {"stopped": http_port}
+            click.echo(json.dumps(stopped) if as_json else f"stopped the server on HTTP port {http_port}")
         else:
             _fail(f"no server that `genserve serve` started runs on HTTP port {http_port}")
     except ServeError as error:
@@ -261,13 +264,21 @@ def stop(http_port: int) -> None:
 
 
 @main.command()
-@json_option
 @http_port_option
-def doctor(as_json: bool, http_port: int) -> None:
-    """Check what serving needs on this machine, and say what to do about what is missing."""
-    from genserve.serve.doctor import examine
+@url_option
+@json_option
+def doctor(http_port: int, urls: tuple[str, ...], as_json: bool) -> None:
+    """Check what serving needs on this machine, and say what to do about what is missing.
 
-    findings = examine(http_port)
+    With --url, check that those servers are ready instead.
+    """
+    from genserve.serve.doctor import examine, examine_servers
+
+    if urls:
+        with _client(urls) as client:
+            findings = examine_servers(client.status())
+    else:
+        findings = examine(http_port)
     if as_json:
         click.echo(json.dumps([asdict(finding) for finding in findings]))
     else:

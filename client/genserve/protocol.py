@@ -27,6 +27,7 @@ DTYPES = {
     "SEED": "INT64",
     "LORA": "BYTES",
     "FORMAT": "BYTES",
+    "ENCODING": "BYTES",
     "TASK_ID": "BYTES",
     "QUERY": "BYTES",
     "DOCUMENTS": "BYTES",

@@ -21,7 +21,7 @@ from genserve_backend.board import Board
 from genserve_backend.checkpoints import CheckpointError
 from genserve_backend.errors import Cancelled, InvalidInput, RequestError, ServerError
 from genserve_backend.logs import log
-from genserve_backend.settings import FluxSettings, RerankSettings, SettingsError, load
+from genserve_backend.settings import ModelSettings, SettingsError, load
 from genserve_backend.worker.messages import Start
 from genserve_backend.worker.supervisor import Supervisor, WorkerStartError
 
@@ -30,7 +30,7 @@ BOARD_POLL_S = 0.1
 
 logger = logging.getLogger(__name__)
 
-SettingsT = TypeVar("SettingsT", FluxSettings, RerankSettings)
+SettingsT = TypeVar("SettingsT", bound=ModelSettings)
 CheckpointT = TypeVar("CheckpointT")
 
 

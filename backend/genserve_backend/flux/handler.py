@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from diffusers import FluxPipeline
 from PIL import Image
 
@@ -26,6 +28,8 @@ def build(settings: FluxSettings, device: str) -> FluxHandler:
     """
     checkpoint = FluxCheckpoint.read(settings.model_path)
     dtype = resolve_dtype(settings.dtype, device)
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     pipeline = FluxPipeline.from_pretrained(
         checkpoint.path, torch_dtype=dtype, local_files_only=True, use_safetensors=True
     )

@@ -22,6 +22,8 @@ MAX_GUIDANCE = 20.0
 MIN_TRUE_CFG, MAX_TRUE_CFG, DEFAULT_TRUE_CFG = 1.0, 20.0, 4.0
 MAX_SEED = 2**63 - 1
 FORMATS = ("png", "jpeg", "webp")
+ENCODINGS = ("binary", "base64")
+"""How IMAGE travels. A caller that reads JSON needs base64: JSON has no bytes, and Triton mangles what is not UTF-8."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class FluxRequest:
     guidance: float
     seed: int
     format: str
+    encoding: str
     max_sequence_length: int
 
 
@@ -71,9 +74,6 @@ def parse(values: Mapping[str, Any], checkpoint: FluxCheckpoint, *, max_pixels: 
     if height * width > max_pixels:
         raise InvalidInput.of("HEIGHT x WIDTH", f"{height} x {width}", f"at most {max_pixels} pixels")
     seed = _within("SEED", values.get("SEED", -1), -1, MAX_SEED)
-    image_format = values.get("FORMAT", FORMATS[0])
-    if image_format not in FORMATS:
-        raise InvalidInput.of("FORMAT", image_format, ", ".join(FORMATS))
     return FluxRequest(
         prompt=_prompt("PROMPT", values.get("PROMPT", ""), minimum=1),
         negative_prompt=_prompt("NEGATIVE_PROMPT", values.get("NEGATIVE_PROMPT", ""), minimum=0),
@@ -86,7 +86,8 @@ def parse(values: Mapping[str, Any], checkpoint: FluxCheckpoint, *, max_pixels: 
         guidance=_within("GUIDANCE", values.get("GUIDANCE", checkpoint.default_guidance), 0.0, MAX_GUIDANCE),
         # Drawn seeds stay below 2**32, so that they survive a caller whose JSON numbers are doubles.
         seed=secrets.randbelow(2**32) if seed == -1 else seed,
-        format=image_format,
+        format=_one_of("FORMAT", values.get("FORMAT", FORMATS[0]), FORMATS),
+        encoding=_one_of("ENCODING", values.get("ENCODING", ENCODINGS[0]), ENCODINGS),
         max_sequence_length=checkpoint.max_sequence_length,
     )
 
@@ -94,6 +95,12 @@ def parse(values: Mapping[str, Any], checkpoint: FluxCheckpoint, *, max_pixels: 
 def _within(tensor: str, value: Any, low: Any, high: Any) -> Any:
     if not math.isfinite(value) or not low <= value <= high:
         raise InvalidInput.of(tensor, value, f"{low} to {high}")
+    return value
+
+
+def _one_of(tensor: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise InvalidInput.of(tensor, value, ", ".join(allowed))
     return value
 
 

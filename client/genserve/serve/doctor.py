@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -16,6 +16,7 @@ from genserve.serve.repository import CHECKPOINTS, render
 from genserve.serve.state import ServerState
 from genserve.serve.triton import find_libpython, platform_version
 from genserve.serve.wheels import TRITON, check_platform, on_path
+from genserve.types import ServerStatus
 
 MIN_SHM_BYTES = 256 * 2**20
 """Below this, images of several requests at once run out of shared memory: Docker's default of 64 MB does."""
@@ -33,6 +34,19 @@ class Finding:
 def examine(http_port: int) -> list[Finding]:
     """Run every check."""
     return [finding for check in CHECKS for finding in _guarded(check, ServeOptions(http_port=http_port))]
+
+
+def examine_servers(servers: Iterable[ServerStatus]) -> list[Finding]:
+    """Whether each server is ready, and each of its models."""
+    findings = []
+    for server in servers:
+        state = "ready" if server.ready else "not ready" if server.live else "not reachable"
+        findings.append(Finding(server.url, "ok" if server.ready else "fail", state))
+        findings += [
+            Finding(model.name, "ok" if model.state == "READY" else "fail", f"{model.state} {model.reason}".strip())
+            for model in server.models
+        ]
+    return findings
 
 
 def _guarded(check: Callable[[ServeOptions], Iterator[Finding]], options: ServeOptions) -> list[Finding]:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from types import FrameType
 
 from genserve.serve.options import ServeError, ServeOptions
@@ -34,10 +35,15 @@ class Server:
     """A tritonserver that is replaced when it, or one of its stubs, dies.
 
     Triton itself goes on saying that it is ready when a stub is dead, and never answers what that stub was given.
+
+    Args:
+        options: What to serve, and where.
+        on_ready: Called each time the server gets ready.
     """
 
-    def __init__(self, options: ServeOptions) -> None:
+    def __init__(self, options: ServeOptions, *, on_ready: Callable[[], None] = lambda: None) -> None:
         self._options = options
+        self._on_ready = on_ready
         self._state = ServerState.of(options.http_port)
         self._stopping = threading.Event()
         self._process: TritonProcess | None = None
@@ -108,8 +114,7 @@ class Server:
     def _announce(self, models: list[str], *, seconds: float) -> None:
         self._state.write(self._options, ready=True)
         log(logger, logging.INFO, "ready", models=",".join(models), seconds=seconds)
-        for name, address in self._options.addresses.items():
-            print(f"{name:<8} {address}", flush=True)
+        self._on_ready()
 
     def _watch(self, process: TritonProcess) -> str | None:
         """Wait until something dies, and name it; None when the server was told to stop."""

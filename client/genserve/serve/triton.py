@@ -14,6 +14,9 @@ from genserve.serve.wheels import STUB_NUMPY, TRITON, fetch, on_path
 from genserve_backend.worker.link import WORKER_PATH_ENV
 
 STUB = "triton_python_backend_stub"
+NVIDIA_DEVICE = Path("/dev/nvidiactl")
+WITHOUT_GPU = ("--allow-gpu-metrics=false", "--pinned-memory-pool-byte-size=0")
+"""Keeps Triton from trying, and failing loudly, to talk to a driver that is not there."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Triton:
             f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
             f"--log-info={info}",
             "--log-format=ISO8601",
+            *([] if NVIDIA_DEVICE.exists() else WITHOUT_GPU),
             *self.arguments,
         ]
 

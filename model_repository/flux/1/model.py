@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from typing import Any
 
@@ -24,6 +25,7 @@ INPUTS = (
     "SEED",
     "LORA",
     "FORMAT",
+    "ENCODING",
     "TASK_ID",
 )
 TIMINGS = ("queue_s", "encode_s", "denoise_s", "decode_s", "elapsed_time", "mean_batch_size")
@@ -58,10 +60,15 @@ class TritonPythonModel:
         """IMAGE, SEED and INFO, each ``[B, 1]``."""
         shape = (len(rows), 1)
         return [
-            bytes_tensor("IMAGE", [row.result.image for row in rows], shape),
+            bytes_tensor("IMAGE", [self.image(row) for row in rows], shape),
             number_tensor("SEED", [row.request.seed for row in rows], shape, "int64"),
             bytes_tensor("INFO", [self.info(row) for row in rows], shape),
         ]
+
+    def image(self, row: Row) -> bytes:
+        """The image file, as the caller wants it to travel."""
+        data: bytes = row.result.image
+        return base64.b64encode(data) if row.request.encoding == "base64" else data
 
     def info(self, row: Row) -> str:
         """The INFO of one image, as JSON."""

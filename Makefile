@@ -1,0 +1,61 @@
+# Each target sets up what it needs, once. PYTHON chooses the interpreter: `make PYTHON=python3.12 demo`.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+CHECKPOINTS := demo/flux/model_index.json demo/rerank/config.json
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export FLUX_MODEL_PATH ?= $(CURDIR)/demo/flux
+export RERANK_MODEL_PATH ?= $(CURDIR)/demo/rerank
+
+.PHONY: help venv up demo test unit lint format perf clean
+.DEFAULT_GOAL := help
+
+help:  ## List the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+venv: $(STAMP)  ## Build .venv with everything that the other targets need
+
+# torch first and by itself: what pip finds for this machine, CUDA or CPU, is what everything else then builds on.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(f"make: Python {v[0]}.{v[1]} is not supported, use 3.10 to 3.12: make PYTHON=python3.12 ..." if not (3, 10) <= v <= (3, 12) else 0)'
+	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "make: no venv module for $(PYTHON): on Debian and Ubuntu install python3-venv" >&2; exit 1; }
+	@echo "setting up .venv (a few minutes, once)"
+	@$(PYTHON) -m venv --clear .venv
+	@$(BIN)/pip install --quiet --constraint constraints.txt torch
+	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo/flux/model_index.json: demo/make_flux.py | $(STAMP)
+	@$(BIN)/python demo/make_flux.py --force
+	@touch $@
+
+demo/rerank/config.json: | $(STAMP)
+	@$(BIN)/python demo/fetch_reranker.py
+	@touch $@
+
+up: $(STAMP) $(CHECKPOINTS)  ## Serve the demo models until Ctrl-C
+	@exec $(BIN)/genserve serve
+
+demo: $(STAMP) $(CHECKPOINTS)  ## Start a server, make an image and a ranking, stop it again
+	@$(BIN)/python demo/run.py
+
+test: $(STAMP) $(CHECKPOINTS) lint  ## Pass the linters and all tests
+	@$(BIN)/python -m pytest
+
+unit: $(STAMP)  ## Pass the tests that need no server
+	@$(BIN)/python -m pytest tests/unit
+
+lint: $(STAMP)  ## Check style and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/mypy
+
+format: $(STAMP)  ## Fix what the formatter can fix
+	@$(BIN)/ruff check --fix --quiet .
+	@$(BIN)/ruff format --quiet .
+
+perf: $(STAMP) $(CHECKPOINTS)  ## Run perf_analyzer against a server of its own
+	@$(BIN)/python perf/run.py
+
+clean:  ## Remove what make has built
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache demo/flux demo/rerank demo/out perf/results
