@@ -38,7 +38,7 @@ def test_pack(lengths: list[int], max_num_seqs: int, max_num_batched_tokens: int
 
 @pytest.mark.parametrize("seed", range(20))
 def test_pack_keeps_its_promises(seed: int) -> None:
-    draw = random.Random(seed)  # noqa: S311
+    draw = random.Random(seed)
     lengths = [draw.randint(1, 600) for _ in range(draw.randint(0, 200))]
     seqs, tokens = draw.randint(1, 40), draw.randint(1, 5_000)
     groups = pack(lengths, max_num_seqs=seqs, max_num_batched_tokens=tokens)

@@ -61,7 +61,7 @@ def test_refuses_what_is_beyond_them(refused: RerankRequest, message: str) -> No
 def test_both_travel_between_processes() -> None:
     result = RerankResult(scores=[0.5], tokens=7, truncated=[], queue_s=0.1, elapsed_time=0.2)
     for value in (request(instruction="i"), result):
-        assert pickle.loads(pickle.dumps(value)) == value  # noqa: S301
+        assert pickle.loads(pickle.dumps(value)) == value
 
 
 def test_needs_no_torch() -> None:

@@ -1,0 +1,109 @@
+"""Processes killed with SIGKILL while they work: nobody waits for ever, and nothing needs a hand."""
+
+from __future__ import annotations
+
+import signal
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import psutil
+import pytest
+from conftest import Server, wait_until
+
+from genserve import Client, GenServeError, ServerError
+
+LONG = {"steps": 100, "height": 512, "width": 512, "seed": 4}
+"""A request that takes seconds on a CPU."""
+
+
+def running(client: Client, task_id: str) -> bool:
+    """Whether the task has begun its steps."""
+    return any(
+        task["task_id"] == task_id and task["state"] == "running" and task["step"] > 0
+        for status in client.status()
+        for task in status.tasks
+    )
+
+
+def start_long(pool: ThreadPoolExecutor, client: Client, task_id: str) -> Future[bytes]:
+    future = pool.submit(lambda: client.generate("a long one", task_id=task_id, **LONG).data)
+    wait_until(lambda: running(client, task_id), what="the request to run")
+    return future
+
+
+def test_a_killed_worker_costs_no_request(server: Server, client: Client) -> None:
+    expected = client.generate("a long one", **LONG).data
+    worker = server.worker("flux")
+    with ThreadPoolExecutor(4) as pool:
+        long = start_long(pool, client, f"killed-{worker.pid}")
+        others = [pool.submit(lambda seed=seed: client.generate("short", steps=2, seed=seed).data) for seed in range(3)]
+        worker.kill()
+        assert long.result(60) == expected
+        assert all(other.result(60) for other in others)
+    assert client.generate("the next one", steps=2).data
+    replacement = server.worker("flux")
+    assert replacement.pid != worker.pid
+    assert f"killed-{worker.pid}" in next(line for line in server.log.splitlines() if 'event="worker died"' in line)
+
+
+def test_a_killed_reranker_costs_no_request(server: Server, client: Client) -> None:
+    documents = [f"document {index} " + "word " * 200 for index in range(300)]
+    expected = [document.score for document in client.rerank("document 7", documents)]
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(client.rerank, "document 7", documents)
+        time.sleep(1.0)
+        server.worker("rerank").kill()
+        assert [document.score for document in future.result(60)] == pytest.approx(expected, abs=1e-4)
+    assert client.rerank("q", ["a"])
+
+
+def test_a_request_in_flight_at_two_deaths_is_given_up(server: Server, client: Client) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        task_id = f"twice-{server.worker('flux').pid}"
+        future = start_long(pool, client, task_id)
+        first = server.worker("flux")
+        first.kill()
+        wait_until(lambda: server.worker("flux").pid != first.pid, what="a new worker")
+        # Only what its predecessor left behind can run on the new worker.
+        wait_until(lambda: running(client, task_id), what="the request to run again")
+        wait_until(lambda: "worker ready" in server.log.rpartition("worker died")[2], what="the new worker to be ready")
+        time.sleep(0.5)
+        server.worker("flux").kill()
+        with pytest.raises(ServerError, match="died 2 times"):
+            future.result(60)
+    assert client.generate("the next one", steps=2).data
+
+
+@pytest.mark.parametrize("model", ["flux", "rerank", "tasks"])
+def test_a_killed_stub_brings_the_server_back(server: Server, client: Client, model: str) -> None:
+    stub, worker = server.stub(model), None if model == "tasks" else server.worker(model)
+    with ThreadPoolExecutor(1) as pool:
+        future = start_long(pool, client, f"stub-{stub.pid}")
+        stub.kill()
+        try:
+            future.result(60)  # Another stub's death leaves it the time to finish.
+        except GenServeError:
+            pass
+    wait_until(lambda: f"stub {stub.pid} died" in server.log, what="the death to be noticed")
+    wait_until(lambda: not psutil.pid_exists(stub.pid), what="the server to restart")
+    server.wait_ready()
+    assert client.generate("the next one", steps=2).data
+    assert client.rerank("q", ["a"])
+    if worker:
+        wait_until(lambda: not psutil.pid_exists(worker.pid), what="the stub's worker to end")
+
+
+def test_a_killed_tritonserver_comes_back(server: Server, client: Client) -> None:
+    triton = server.process.children()[0]
+    family = triton.children(recursive=True)
+    triton.kill()
+    wait_until(lambda: not any(process.is_running() for process in family), what="stubs and workers to end")
+    wait_until(lambda: "tritonserver ended with -9" in server.log, what="the death to be noticed")
+    server.wait_ready()
+    assert client.generate("the next one", steps=2).data
+
+
+def test_a_client_can_wait_for_the_server_to_come_back(server: Server) -> None:
+    with Client(server.grpc, retry_for=60) as client:
+        server.process.children()[0].send_signal(signal.SIGKILL)
+        assert client.generate("patient", steps=2).data

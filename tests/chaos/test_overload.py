@@ -1,0 +1,167 @@
+"""More than the server can do: each request is answered, late, or at once with a refusal that says which."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import tritonclient.grpc as triton_grpc
+from conftest import Server, wait_until
+from tritonclient.utils import InferenceServerException
+
+from genserve import Cancelled, Client, DeadlineExceeded, GeneratedImage, QueueFull
+from genserve.protocol import tasks_call
+from genserve.transport import connect
+
+LONG = {"steps": 100, "height": 512, "width": 512}
+
+
+def outcome(client: Client, seed: int, **settings: object) -> str:
+    try:
+        made = client.generate("one of many", steps=2, height=64, width=64, seed=seed, **settings)
+    except (QueueFull, DeadlineExceeded) as error:
+        return type(error).__name__
+    return type(made).__name__
+
+
+def test_three_hundred_at_once_are_all_answered(server: Server, client: Client) -> None:
+    with ThreadPoolExecutor(300) as pool:
+        outcomes = Counter(pool.map(lambda seed: outcome(client, seed), range(300)))
+    assert outcomes.keys() <= {GeneratedImage.__name__, QueueFull.__name__}
+    assert outcomes[GeneratedImage.__name__] >= 150
+    assert sum(outcomes.values()) == 300
+    assert outcome(client, 1) == GeneratedImage.__name__
+
+
+def test_a_full_queue_refuses_at_once(server: Server, client: Client) -> None:
+    refused_after = []
+    with ThreadPoolExecutor(301) as pool:
+        long = pool.submit(client.generate, "holds the instance", **LONG)
+        time.sleep(0.5)
+
+        def ask(seed: int) -> str:
+            started = time.monotonic()
+            result = outcome(client, seed)
+            if result == QueueFull.__name__:
+                refused_after.append(time.monotonic() - started)
+            return result
+
+        outcomes = Counter(pool.map(ask, range(300)))
+        long.result(120)
+    assert outcomes[QueueFull.__name__] >= 100
+    assert sorted(refused_after)[len(refused_after) // 2] < 2.0
+
+
+def test_high_priority_overtakes(server: Server) -> None:
+    finished: list[str] = []
+    with Client(server.grpc) as client, ThreadPoolExecutor(16) as pool:
+
+        def ask(priority: str) -> None:
+            client.generate(priority, steps=8, priority=priority)
+            finished.append(priority)
+
+        first = pool.submit(client.generate, "holds the instance", steps=100, height=256, width=256)
+        time.sleep(0.3)
+        waiting = [pool.submit(ask, "low") for _ in range(6)]
+        time.sleep(0.3)
+        waiting.append(pool.submit(ask, "high"))
+        for each in (first, *waiting):
+            each.result(60)
+    assert finished[0] == "high"
+
+
+def test_waiting_past_the_timeout_is_refused(server: Server, client: Client) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(client.generate, "holds the instance", **LONG)
+        time.sleep(0.5)
+        started = time.monotonic()
+        with pytest.raises(DeadlineExceeded):
+            client.generate("impatient", steps=1, timeout=0.3)
+        assert time.monotonic() - started < 5
+        assert long.result(120)
+
+
+def bare_long(server: Server, *, task_id: str, callback: object, timeout_us: int | None = None) -> object:
+    """A long request through bare tritonclient, which, unlike ours, leaves deadlines to the server."""
+    inputs = []
+    for name, dtype, value in (
+        ("PROMPT", "BYTES", b"long"),
+        ("TASK_ID", "BYTES", task_id.encode()),
+        ("STEPS", "INT32", 100),
+        ("HEIGHT", "INT32", 512),
+        ("WIDTH", "INT32", 512),
+    ):
+        tensor = triton_grpc.InferInput(name, [1, 1], dtype)
+        tensor.set_data_from_numpy(np.array([[value]], dtype=object if dtype == "BYTES" else np.int32))
+        inputs.append(tensor)
+    client = triton_grpc.InferenceServerClient(server.grpc)
+    return client.async_infer("flux", inputs, callback, timeout=timeout_us)
+
+
+def state(server: Server, task_id: str) -> str:
+    with Client(server.grpc) as client:
+        return task_state(server, task_id) if client.health() else ""
+
+
+def task_state(server: Server, task_id: str, action: str = "status") -> str:
+    import json
+
+    transport = connect(server.grpc)
+    try:
+        return str(json.loads(transport.infer(tasks_call(action, task_id), 10.0)["TASK"].item())["state"])
+    finally:
+        transport.close()
+
+
+def test_running_past_the_deadline_is_stopped(server: Server) -> None:
+    answered = threading.Event()
+    errors: list[InferenceServerException] = []
+
+    def callback(result: object, error: InferenceServerException) -> None:
+        errors.append(error)
+        answered.set()
+
+    bare_long(server, task_id="too-slow", callback=callback, timeout_us=1_000_000)
+    assert answered.wait(30)
+    assert errors[0].status() == "StatusCode.UNAVAILABLE"
+    assert errors[0].message().startswith("DeadlineExceeded: ")
+    assert task_state(server, "too-slow") == "failed"
+
+
+def test_a_grpc_cancel_stops_the_work(server: Server) -> None:
+    call = bare_long(server, task_id="hung-up", callback=lambda result, error: None)
+    wait_until(lambda: task_state(server, "hung-up") == "running", what="the request to run")
+    started = time.monotonic()
+    call.cancel()  # type: ignore[attr-defined]
+    wait_until(lambda: task_state(server, "hung-up") == "cancelled", what="the cancellation")
+    assert time.monotonic() - started < 5
+    with Client(server.grpc) as client:
+        assert client.generate("the slot is free", steps=1).info["queue_s"] < 1
+
+
+def test_tasks_cancels_a_running_request(server: Server, client: Client) -> None:
+    task_id = f"cancel-{time.monotonic_ns()}"
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(client.generate, "unwanted", task_id=task_id, **LONG)
+        wait_until(lambda: task_state(server, task_id) == "running", what="the request to run")
+        task_state(server, task_id, action="cancel")
+        with pytest.raises(Cancelled):
+            future.result(30)
+    assert task_state(server, task_id) == "cancelled"
+
+
+def test_tasks_cancels_a_request_that_waits_in_tritons_queue(server: Server, client: Client) -> None:
+    task_id = f"early-{time.monotonic_ns()}"
+    with ThreadPoolExecutor(2) as pool:
+        long = pool.submit(client.generate, "holds the instance", **LONG)
+        time.sleep(0.5)
+        queued = pool.submit(client.generate, "unwanted", task_id=task_id, **LONG)
+        time.sleep(0.5)
+        assert task_state(server, task_id, action="cancel") == "unknown"
+        with pytest.raises(Cancelled):
+            queued.result(60)
+        assert long.result(60)

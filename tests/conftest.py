@@ -1,0 +1,171 @@
+"""One real server for the whole test run, started by the command line as a user would."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from genserve import Client, GenServeError
+
+ROOT = Path(__file__).parents[1]
+GENSERVE = str(Path(sys.executable).parent / "genserve")
+PROTOCOLS = ("grpc", "http")
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+def wait_until(condition: Callable[[], Any], *, timeout_s: float = 60.0, what: str) -> Any:
+    """Poll until `condition` gives something true; fail the test after `timeout_s`."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {timeout_s:g} s: {what}")
+        time.sleep(0.1)
+    return value
+
+
+@dataclass
+class Server:
+    """A `genserve serve` of the tests' own."""
+
+    state: Path
+    ports: list[int] = field(default_factory=lambda: free_ports(3))
+    environment: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def http_port(self) -> int:
+        return self.ports[0]
+
+    @property
+    def http(self) -> str:
+        return f"http://localhost:{self.ports[0]}"
+
+    @property
+    def grpc(self) -> str:
+        return f"localhost:{self.ports[1]}"
+
+    @property
+    def metrics(self) -> str:
+        return f"http://localhost:{self.ports[2]}/metrics"
+
+    def url(self, protocol: str) -> str:
+        return self.http if protocol == "http" else self.grpc
+
+    def command(self, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+        environment = {
+            **os.environ,
+            "FLUX_MODEL_PATH": str(ROOT / "demo" / "flux"),
+            "RERANK_MODEL_PATH": str(ROOT / "demo" / "rerank"),
+            "GENSERVE_STATE_DIR": str(self.state),
+            "GENSERVE_LOG_LEVEL": "DEBUG",
+            **self.environment,
+        }
+        return subprocess.run(
+            [GENSERVE, *arguments],
+            env=environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
+            **options,
+        )
+
+    @property
+    def port_arguments(self) -> list[str]:
+        http, grpc, metrics = map(str, self.ports)
+        return ["--http-port", http, "--grpc-port", grpc, "--metrics-port", metrics]
+
+    def start(self, *arguments: str) -> None:
+        started = self.command("serve", "--detach", *self.port_arguments, *arguments)
+        assert started.returncode == 0, started.stderr
+
+    def stop(self) -> None:
+        self.command("stop", "--http-port", str(self.http_port))
+
+    @property
+    def folder(self) -> Path:
+        return self.state / f"server-{self.http_port}"
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "server.log").read_text(errors="replace")
+
+    @property
+    def process(self) -> psutil.Process:
+        return psutil.Process(json.loads((self.folder / "server.json").read_text())["pid"])
+
+    def family(self) -> list[psutil.Process]:
+        return self.process.children(recursive=True)
+
+    def stub(self, model: str) -> psutil.Process:
+        return self._one(lambda line: "triton_python_backend_stub" in line[0] and f"/{model}/1/model.py" in line[1])
+
+    def worker(self, model: str) -> psutil.Process:
+        stub = self.stub(model)
+        return wait_until(lambda: next(iter(stub.children()), None), what=f"a worker of {model}")
+
+    def _one(self, matches: Callable[[list[str]], bool]) -> psutil.Process:
+        def find() -> psutil.Process | None:
+            for process in self.family():
+                try:
+                    line = process.cmdline()
+                except psutil.Error:
+                    continue
+                if len(line) > 1 and matches(line):
+                    return process
+            return None
+
+        found: psutil.Process = wait_until(find, what="the process")
+        return found
+
+    def wait_ready(self) -> None:
+        """Until all models answer, after whatever a test has done to them."""
+        with Client(self.grpc) as client:
+
+            def ready() -> bool:
+                try:
+                    return client.health()
+                except GenServeError:
+                    return False
+
+            wait_until(ready, what="the server to be ready")
+
+
+@pytest.fixture(scope="session")
+def running_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = Server(tmp_path_factory.mktemp("state"))
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@pytest.fixture
+def server(running_server: Server) -> Server:
+    running_server.wait_ready()
+    return running_server
+
+
+@pytest.fixture(params=PROTOCOLS)
+def client(request: pytest.FixtureRequest, server: Server) -> Iterator[Client]:
+    with Client(server.url(request.param), timeout=120) as client:
+        yield client
