@@ -169,3 +169,9 @@ def server(running_server: Server) -> Server:
 def client(request: pytest.FixtureRequest, server: Server) -> Iterator[Client]:
     with Client(server.url(request.param), timeout=120) as client:
         yield client
+
+
+@pytest.fixture
+def grpc_client(server: Server) -> Iterator[Client]:
+    with Client(server.grpc, timeout=120) as client:
+        yield client

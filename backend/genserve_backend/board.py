@@ -25,6 +25,8 @@ CANCELS_KEPT = 10_000
 """Cancellations of tasks that have not arrived, at most."""
 LISTED = 1_000
 """Tasks that one listing shows, at most."""
+LOCK_TIMEOUT_S = 10.0
+"""Seconds that a process waits for another one's write."""
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS tasks (
@@ -67,9 +69,9 @@ class Board:
         path = path or default_path()
         path.touch(mode=0o600)
         self._lock = threading.Lock()
-        self._db = sqlite3.connect(path, timeout=10.0, isolation_level=None, check_same_thread=False)
+        self._db = sqlite3.connect(path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
         # The board dies with its server: nothing needs to survive a power cut, but every process a neighbour's kill.
-        self._db.execute("PRAGMA journal_mode = WAL")
+        _write_ahead(self._db)
         self._db.execute("PRAGMA synchronous = OFF")
         self._db.executescript(SCHEMA)
 
@@ -176,10 +178,24 @@ class Board:
 
     def _tidy(self, now: float) -> None:
         self._db.execute(
-            f"DELETE FROM tasks WHERE {FINISHED} AND (changed < ? OR key < (SELECT max(key) FROM tasks) - ?)",  # noqa: S608
+            f"DELETE FROM tasks WHERE {FINISHED} AND (changed < ? OR key <= (SELECT max(key) FROM tasks) - ?)",  # noqa: S608
             (now - FINISHED_KEPT_S, FINISHED_KEPT),
         )
         self._db.execute("DELETE FROM cancelled_early WHERE at < ?", (now - CANCEL_KEPT_S,))
+
+
+def _write_ahead(db: sqlite3.Connection) -> None:
+    """Switch the file to a write-ahead log. This is the one statement for which SQLite does not wait by itself."""
+    give_up = time.monotonic() + LOCK_TIMEOUT_S
+    while True:
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError as error:
+            if "locked" not in str(error) or time.monotonic() > give_up:
+                raise
+            time.sleep(0.01)
+        else:
+            return
 
 
 def _as_dict(row: tuple[Any, ...]) -> dict[str, Any]:

@@ -149,6 +149,8 @@ class Client:
         """
         if top_n is not None and top_n < 1:
             raise InvalidInput(f"top_n is {top_n}; allowed: at least 1")
+        if isinstance(documents, (str, bytes)):
+            raise InvalidInput("DOCUMENTS is one text; allowed: a list of 1 to 1,000 documents")
         documents = list(documents)
         if not documents:
             raise InvalidInput("DOCUMENTS is an empty list; allowed: 1 to 1,000 documents")

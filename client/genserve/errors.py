@@ -71,13 +71,15 @@ CODES: dict[str, type[GenServeError]] = {
 """What the code alone says, for messages that begin with no name of ours: Triton's own, or a proxy's."""
 
 
-def from_answer(status: str | None, message: str) -> GenServeError:
+def from_answer(status: str | None, message: str, *, request_id: str = "") -> GenServeError:
     """The exception for an error answer.
 
     Args:
         status: As tritonclient gives it: ``StatusCode.X`` over gRPC, the number over HTTP, None if there was none.
         message: The text of the answer.
+        request_id: The request's; Triton puts it in front of its own messages.
     """
+    message = message.removeprefix(f"[request id: {request_id}] ")
     named = _NAME.match(message)
     if named:
         return NAMED[named[1]](named[2])

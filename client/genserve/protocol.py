@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -34,7 +36,7 @@ DTYPES = {
     "INSTRUCTION": "BYTES",
     "ACTION": "BYTES",
 }
-NUMPY = {"FP32": np.float32, "INT32": np.int32, "INT64": np.int64}
+NUMPY = {"BYTES": np.object_, "FP32": np.float32, "INT32": np.int32, "INT64": np.int64}
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,10 @@ def generate_call(
     values: dict[str, Any] = {"PROMPT": prompt, "TASK_ID": task_id}
     values |= {name.upper(): value for name, value in settings.items() if value is not None}
     if lora:
-        values["LORA"] = json.dumps(list(lora))
+        values["LORA"] = _lora(lora)
     return Call(
         "flux",
-        {name: _array(name, [[value]]) for name, value in values.items()},
+        {name: _array(name, [value], (1, 1)) for name, value in values.items()},
         ("IMAGE", "SEED", "INFO"),
         priority=_priority(priority),
         queue_timeout_s=timeout,
@@ -106,9 +108,9 @@ def rerank_call(
     request_id: str,
 ) -> Call:
     """A `rerank` request for one query."""
-    inputs = {"QUERY": _array("QUERY", [[query]]), "DOCUMENTS": _array("DOCUMENTS", [list(documents)])}
+    inputs = {"QUERY": _array("QUERY", [query], (1, 1)), "DOCUMENTS": _array("DOCUMENTS", documents, (1, -1))}
     if instruction is not None:
-        inputs["INSTRUCTION"] = _array("INSTRUCTION", [[instruction]])
+        inputs["INSTRUCTION"] = _array("INSTRUCTION", [instruction], (1, 1))
     return Call(
         "rerank",
         inputs,
@@ -128,7 +130,7 @@ def ranking(outputs: Outputs, documents: Sequence[str], top_n: int | None) -> li
 
 def tasks_call(action: str, task_id: str = "") -> Call:
     """A `tasks` request."""
-    inputs = {"ACTION": _array("ACTION", [action]), "TASK_ID": _array("TASK_ID", [task_id])}
+    inputs = {"ACTION": _array("ACTION", [action], (1,)), "TASK_ID": _array("TASK_ID", [task_id], (1,))}
     return Call("tasks", inputs, ("TASK",))
 
 
@@ -137,13 +139,11 @@ def task_answer(outputs: Outputs) -> Any:
     return json.loads(outputs["TASK"].item())
 
 
-def _array(name: str, values: Sequence[Any]) -> npt.NDArray[Any]:
+def _array(name: str, values: Sequence[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
     dtype = DTYPES[name]
     try:
-        if dtype == "BYTES":
-            encoded = np.array(values, dtype=np.object_)
-            return np.vectorize(_text, otypes=[np.object_])(encoded) if encoded.size else encoded
-        return np.array(values, dtype=NUMPY[dtype])
+        plain = [_PLAIN[dtype](value) for value in values]
+        return np.array(plain, dtype=NUMPY[dtype]).reshape(shape)
     except (TypeError, ValueError, OverflowError, UnicodeEncodeError) as error:
         raise InvalidInput(f"{name} cannot be sent as {dtype}: {error}") from None
 
@@ -152,6 +152,28 @@ def _text(value: Any) -> bytes:
     if not isinstance(value, str):
         raise TypeError(f"{type(value).__name__} is not text")
     return value.encode()
+
+
+def _real(value: Any) -> float:
+    if not isinstance(value, Real):
+        raise TypeError(f"{type(value).__name__} is not a number")
+    return float(value)
+
+
+# operator.index and not int(), which takes 4.7 for 4 and "4" for a number.
+_PLAIN: dict[str, Callable[[Any], Any]] = {
+    "BYTES": _text,
+    "FP32": _real,
+    "INT32": operator.index,
+    "INT64": operator.index,
+}
+
+
+def _lora(adapters: Sequence[dict[str, Any]]) -> str:
+    try:
+        return json.dumps(list(adapters))
+    except (TypeError, ValueError) as error:
+        raise InvalidInput(f"LORA cannot be sent as JSON: {error}") from None
 
 
 def _priority(name: str) -> int:

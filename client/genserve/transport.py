@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-import weakref
 from collections.abc import Iterator
+from http import HTTPStatus
 from typing import Any, Protocol
+from urllib.parse import quote
 
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
+import urllib3
 from tritonclient.utils import InferenceServerException
 
-from genserve.errors import DeadlineExceeded, GenServeError, InvalidInput, ServerError, ServerUnavailable, from_answer
+from genserve.errors import DeadlineExceeded, InvalidInput, ServerError, ServerUnavailable, from_answer
 from genserve.protocol import DTYPES, Call, Outputs
 
 CONNECT_TIMEOUT_S = 5.0
 PROBE_TIMEOUT_S = 5.0
 """For questions that a healthy server answers at once."""
+MAX_IDLE_CONNECTIONS = 1024
+HEADER_LENGTH = "Inference-Header-Content-Length"
+"""Where the JSON of a message with binary tensors ends (Triton's binary tensor data extension)."""
 MAX_MESSAGE_BYTES = 2**31 - 1
 
 
@@ -81,7 +85,7 @@ class GrpcTransport:
     def infer(self, call: Call, timeout_s: float) -> Outputs:
         """See Transport."""
         inputs = [_input(triton_grpc.InferInput, name, array) for name, array in call.inputs.items()]
-        with _errors(self.url):
+        with _errors(self.url, call.request_id):
             result = self._client.infer(
                 call.model,
                 inputs,
@@ -128,68 +132,79 @@ class GrpcTransport:
 class HttpTransport:
     """Triton's HTTP endpoint.
 
-    tritonclient's HTTP client belongs to the thread that made it, so each thread that calls gets one of its own.
+    tritonclient makes and reads the messages; urllib3 carries them, because tritonclient's own HTTP client belongs to
+    one thread and has one timeout for everything.
     """
 
     def __init__(self, url: str, address: str) -> None:
         self.url = url
-        self._address = address
-        self._local = threading.local()
-        self._clients: weakref.WeakSet[Any] = weakref.WeakSet()
+        self._pool = urllib3.connection_from_url(f"http://{address}", maxsize=MAX_IDLE_CONNECTIONS, retries=False)
 
     def infer(self, call: Call, timeout_s: float) -> Outputs:
         """See Transport."""
-        inputs = [_input(triton_http.InferInput, name, array) for name, array in call.inputs.items()]
-        with _errors(self.url):
-            result = self._client(timeout_s).infer(
-                call.model,
-                inputs,
-                outputs=[triton_http.InferRequestedOutput(name, binary_data=True) for name in call.outputs],
-                request_id=call.request_id,
-                priority=call.priority,
-                timeout=call.queue_timeout_us,
+        body, header_length = triton_http.InferenceServerClient.generate_request_body(
+            [_input(triton_http.InferInput, name, array) for name, array in call.inputs.items()],
+            outputs=[triton_http.InferRequestedOutput(name, binary_data=True) for name in call.outputs],
+            request_id=call.request_id,
+            priority=call.priority,
+            timeout=call.queue_timeout_us,
+        )
+        headers = {} if header_length is None else {HEADER_LENGTH: str(header_length)}
+        path = f"/v2/models/{quote(call.model, safe='')}/infer"
+        with _errors(self.url, call.request_id):
+            answer = self._request("POST", path, timeout_s, body=body, headers=headers)
+            length = answer.headers.get(HEADER_LENGTH)
+            result = triton_http.InferenceServerClient.parse_response_body(
+                answer.data, header_length=int(length) if length else None
             )
             return {name: result.as_numpy(name) for name in call.outputs}
 
     def live(self) -> bool:
         """See Transport."""
-        with _errors(self.url):
-            return bool(self._client().is_server_live())
+        return self._is("/v2/health/live")
 
     def ready(self) -> bool:
         """See Transport."""
-        with _errors(self.url):
-            return bool(self._client().is_server_ready())
+        return self._is("/v2/health/ready")
 
     def metadata(self) -> dict[str, Any]:
         """See Transport."""
         with _errors(self.url):
-            return dict(self._client().get_server_metadata())
+            return dict(self._request("GET", "/v2").json())
 
     def models(self) -> list[dict[str, Any]]:
         """See Transport."""
         with _errors(self.url):
-            return list(self._client().get_model_repository_index())
+            return list(self._request("POST", "/v2/repository/index").json())
 
     def statistics(self) -> list[dict[str, Any]]:
         """See Transport."""
         with _errors(self.url):
-            return list(self._client().get_inference_statistics().get("model_stats", []))
+            return list(self._request("GET", "/v2/models/stats").json().get("model_stats", []))
 
     def close(self) -> None:
         """See Transport."""
-        for client in list(self._clients):
-            client.close()
+        self._pool.close()
 
-    def _client(self, timeout_s: float = PROBE_TIMEOUT_S) -> Any:
-        """This thread's client. Its timeout belongs to its connections, so another timeout takes a new one."""
-        if getattr(self._local, "timeout_s", None) != timeout_s:
-            self._local.client = triton_http.InferenceServerClient(
-                self._address, connection_timeout=CONNECT_TIMEOUT_S, network_timeout=timeout_s
-            )
-            self._local.timeout_s = timeout_s
-            self._clients.add(self._local.client)
-        return self._local.client
+    def _is(self, path: str) -> bool:
+        with _errors(self.url):
+            answer = self._pool.request("GET", path, timeout=_timeout(PROBE_TIMEOUT_S))
+            return answer.status == HTTPStatus.OK
+
+    def _request(self, method: str, path: str, timeout_s: float = PROBE_TIMEOUT_S, **options: Any) -> Any:
+        """The answer, if it is a good one; raises InferenceServerException with the status otherwise."""
+        answer = self._pool.request(method, path, timeout=_timeout(timeout_s), **options)
+        if answer.status != HTTPStatus.OK:
+            try:
+                message = str(answer.json()["error"])
+            except (ValueError, KeyError, TypeError):
+                message = answer.reason or f"HTTP status {answer.status}"
+            raise InferenceServerException(message, status=str(answer.status))
+        return answer
+
+
+def _timeout(timeout_s: float) -> urllib3.Timeout:
+    return urllib3.Timeout(total=timeout_s, connect=min(timeout_s, CONNECT_TIMEOUT_S))
 
 
 def _input(kind: Any, name: str, array: Any) -> Any:
@@ -199,19 +214,26 @@ def _input(kind: Any, name: str, array: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _errors(url: str) -> Iterator[None]:
+def _errors(url: str, request_id: str = "") -> Iterator[None]:
     """Turn whatever tritonclient and the network raise into our exceptions."""
     try:
         yield
-    except GenServeError:
-        raise
     except InferenceServerException as error:
-        known = from_answer(error.status(), error.message() or "")
+        known = from_answer(error.status(), error.message() or "", request_id=request_id)
         raise type(known)(f"{url}: {known}") if isinstance(known, ServerUnavailable) else known from error
-    except TimeoutError as error:
+    except urllib3.exceptions.ReadTimeoutError as error:
         raise DeadlineExceeded(f"{url} did not answer in time") from error
-    except OSError as error:
-        raise ServerUnavailable(f"{url}: {error.strerror or error}") from error
-    except Exception as error:
-        # A connection that breaks in the middle of an answer surfaces as whatever the HTTP library was parsing.
-        raise ServerError(f"{url}: {type(error).__name__}: {error}") from error
+    except (urllib3.exceptions.HTTPError, OSError) as error:
+        raise ServerUnavailable(f"{url}: {_reason(error)}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ServerError(f"{url} sent an answer that is not Triton's: {error}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The operating system's words for a failed connection, where it was that."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return str(error)

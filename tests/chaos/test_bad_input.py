@@ -152,6 +152,11 @@ def test_malformed_strings_do_not_reach_the_model(server: Server, raw: bytes) ->
         assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
 
 
+def prompt_of_shape(*shape: int) -> bytes:
+    prompt = {"name": "PROMPT", "shape": shape, "datatype": "BYTES", "data": ["x"]}
+    return json.dumps({"inputs": [prompt]}).encode()
+
+
 @pytest.mark.parametrize(
     "body",
     [

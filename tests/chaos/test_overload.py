@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +19,7 @@ from genserve import Cancelled, Client, DeadlineExceeded, GeneratedImage, QueueF
 from genserve.protocol import tasks_call
 from genserve.transport import connect
 
-LONG = {"steps": 100, "height": 512, "width": 512}
+LONG = {"steps": 100, "height": 384, "width": 384}
 
 
 def outcome(client: Client, seed: int, **settings: object) -> str:
@@ -85,15 +87,15 @@ def test_waiting_past_the_timeout_is_refused(server: Server, client: Client) -> 
         assert long.result(120)
 
 
-def bare_long(server: Server, *, task_id: str, callback: object, timeout_us: int | None = None) -> object:
+def bare_long(server: Server, *, task_id: str, callback: Any, timeout_us: int | None = None) -> Any:
     """A long request through bare tritonclient, which, unlike ours, leaves deadlines to the server."""
     inputs = []
     for name, dtype, value in (
         ("PROMPT", "BYTES", b"long"),
         ("TASK_ID", "BYTES", task_id.encode()),
         ("STEPS", "INT32", 100),
-        ("HEIGHT", "INT32", 512),
-        ("WIDTH", "INT32", 512),
+        ("HEIGHT", "INT32", LONG["height"]),
+        ("WIDTH", "INT32", LONG["width"]),
     ):
         tensor = triton_grpc.InferInput(name, [1, 1], dtype)
         tensor.set_data_from_numpy(np.array([[value]], dtype=object if dtype == "BYTES" else np.int32))
@@ -102,14 +104,7 @@ def bare_long(server: Server, *, task_id: str, callback: object, timeout_us: int
     return client.async_infer("flux", inputs, callback, timeout=timeout_us)
 
 
-def state(server: Server, task_id: str) -> str:
-    with Client(server.grpc) as client:
-        return task_state(server, task_id) if client.health() else ""
-
-
 def task_state(server: Server, task_id: str, action: str = "status") -> str:
-    import json
-
     transport = connect(server.grpc)
     try:
         return str(json.loads(transport.infer(tasks_call(action, task_id), 10.0)["TASK"].item())["state"])
@@ -136,7 +131,7 @@ def test_a_grpc_cancel_stops_the_work(server: Server) -> None:
     call = bare_long(server, task_id="hung-up", callback=lambda result, error: None)
     wait_until(lambda: task_state(server, "hung-up") == "running", what="the request to run")
     started = time.monotonic()
-    call.cancel()  # type: ignore[attr-defined]
+    call.cancel()
     wait_until(lambda: task_state(server, "hung-up") == "cancelled", what="the cancellation")
     assert time.monotonic() - started < 5
     with Client(server.grpc) as client:

@@ -22,6 +22,8 @@ MAX_GUIDANCE = 20.0
 MIN_TRUE_CFG, MAX_TRUE_CFG, DEFAULT_TRUE_CFG = 1.0, 20.0, 4.0
 MAX_SEED = 2**63 - 1
 FORMATS = ("png", "jpeg", "webp")
+MAX_SIDE = {"jpeg": 65_500, "webp": 16_383}
+"""Pixels that one side of a file can have, by format; PNG's limit is out of reach."""
 ENCODINGS = ("binary", "base64")
 """How IMAGE travels. A caller that reads JSON needs base64: JSON has no bytes, and Triton mangles what is not UTF-8."""
 
@@ -73,6 +75,11 @@ def parse(values: Mapping[str, Any], checkpoint: FluxCheckpoint, *, max_pixels: 
     width = _size("WIDTH", values.get("WIDTH", checkpoint.native_size))
     if height * width > max_pixels:
         raise InvalidInput.of("HEIGHT x WIDTH", f"{height} x {width}", f"at most {max_pixels} pixels")
+    image_format = _one_of("FORMAT", values.get("FORMAT", FORMATS[0]), FORMATS)
+    max_side = MAX_SIDE.get(image_format, max_pixels)
+    if max(height, width) > max_side:
+        allowed = f"at most {max_side} pixels a side as {image_format}"
+        raise InvalidInput.of("HEIGHT x WIDTH", f"{height} x {width}", allowed)
     seed = _within("SEED", values.get("SEED", -1), -1, MAX_SEED)
     return FluxRequest(
         prompt=_prompt("PROMPT", values.get("PROMPT", ""), minimum=1),
@@ -86,7 +93,7 @@ def parse(values: Mapping[str, Any], checkpoint: FluxCheckpoint, *, max_pixels: 
         guidance=_within("GUIDANCE", values.get("GUIDANCE", checkpoint.default_guidance), 0.0, MAX_GUIDANCE),
         # Drawn seeds stay below 2**32, so that they survive a caller whose JSON numbers are doubles.
         seed=secrets.randbelow(2**32) if seed == -1 else seed,
-        format=_one_of("FORMAT", values.get("FORMAT", FORMATS[0]), FORMATS),
+        format=image_format,
         encoding=_one_of("ENCODING", values.get("ENCODING", ENCODINGS[0]), ENCODINGS),
         max_sequence_length=checkpoint.max_sequence_length,
     )

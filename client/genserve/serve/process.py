@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -157,7 +158,7 @@ def check_ports(options: ServeOptions) -> None:
                 probe.bind((options.host, port))
             except OSError as error:
                 raise ServeError(
-                    f"port {port} on {options.host}: {os.strerror(error.errno or 0)} (choose another with {flag})"
+                    f"port {port} on {options.host}: {error.strerror} (choose another with {flag})"
                 ) from None
 
 
@@ -166,4 +167,5 @@ def clear_abandoned_segments() -> None:
     for segment in SHM_FOLDER.glob(f"{SHM_PREFIX}-*"):
         owner = segment.name.split("-")[1]
         if owner.isdecimal() and not psutil.pid_exists(int(owner)):
-            segment.unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):  # another user's
+                segment.unlink(missing_ok=True)

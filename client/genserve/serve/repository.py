@@ -43,7 +43,7 @@ def render(options: ServeOptions, target: Path, environ: Mapping[str, str] = os.
         config = _read(source / "config.pbtxt")
         if name in CHECKPOINTS:
             settings = _check(name, config, options.repository, environ)
-            _place(config, options, environ)
+            _place(name, config, options, environ)
             _limit(config, settings, environ)
         folder = target / name
         folder.mkdir(parents=True)
@@ -89,10 +89,10 @@ def _check(name: str, config: Any, repository: Path, environ: Mapping[str, str])
     return settings
 
 
-def _place(config: Any, options: ServeOptions, environ: Mapping[str, str]) -> None:
+def _place(name: str, config: Any, options: ServeOptions, environ: Mapping[str, str]) -> None:
     """Put the instances on the chosen devices."""
-    gpus = options.gpus if options.gpus is not None else _gpus_from(GPU_ENV[config.name], environ)
-    count = options.instances.get(config.name) or _number(INSTANCE_ENV[config.name], environ, 1)
+    gpus = options.gpus if options.gpus is not None else _gpus_from(GPU_ENV[name], environ)
+    count = options.instances.get(name) or _number(INSTANCE_ENV[name], environ, 1)
     for group in config.instance_group:
         group.count = count
         if gpus:

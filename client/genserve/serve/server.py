@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from types import FrameType
 
@@ -23,10 +22,10 @@ from genserve_backend.logs import log
 
 START_TIMEOUT_S = 1_800.0
 """A full-size FLUX takes minutes to read from a slow disk."""
-STUB_LOSS_DRAIN_S = 5.0
+LOSS_DRAIN_S = 5.0
 """Seconds that other instances' requests get to finish before the server restarts; those of the dead one never will."""
-MAX_RESTARTS, RESTART_WINDOW_S = 5, 120.0
-"""So many restarts within that time mean that restarting does not help."""
+MAX_FAILED_STARTS, FAILED_START_PAUSE_S = 5, 5.0
+"""A server that was ready once is started again so often in a row before this gives up."""
 
 logger = logging.getLogger("genserve.serve")
 
@@ -46,7 +45,6 @@ class Server:
         self._on_ready = on_ready
         self._state = ServerState.of(options.http_port)
         self._stopping = threading.Event()
-        self._process: TritonProcess | None = None
 
     def run(self) -> None:
         """Serve until SIGTERM or Ctrl-C.
@@ -57,12 +55,7 @@ class Server:
         logs.configure()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_signal)
-        running = self._state.process()
-        if running:
-            raise ServeError(
-                f"a server runs on HTTP port {self._options.http_port} already (process {running.pid});"
-                f" genserve stop --http-port {self._options.http_port} ends it"
-            )
+        _require_none(self._state)
         check_ports(self._options)
         self._state.create()
         self._state.write(self._options, ready=False)
@@ -78,31 +71,44 @@ class Server:
 
     def _serve(self, triton: Triton) -> None:
         log(logger, logging.INFO, "starting", triton=triton.source, repository=self._options.repository)
-        restarts: deque[float] = deque(maxlen=MAX_RESTARTS)
+        was_ready = False
+        failed_starts = 0
         while not self._stopping.is_set():
-            self._clean()
-            models = render(self._options, self._state.repository)
-            process = TritonProcess(triton, self._options, repository=self._state.repository, board=self._state.board)
-            self._process = process
-            drain_s = float(self._options.exit_timeout_s)
             try:
-                started = time.monotonic()
-                self._wait_ready(process)
-                if self._stopping.is_set():
-                    break
-                self._announce(models, seconds=time.monotonic() - started)
-                cause = self._watch(process)
-                if cause is None:
-                    break
+                cause = self._serve_once(triton)
+            except ServeError as error:
+                failed_starts += 1
+                if not was_ready or failed_starts == MAX_FAILED_STARTS:
+                    raise
+                cause = str(error)
+                self._stopping.wait(FAILED_START_PAUSE_S)
+            else:
+                was_ready, failed_starts = True, 0
+            if not self._stopping.is_set():
                 log(logger, logging.ERROR, "restarting", cause=cause)
-                self._state.write(self._options, ready=False)
-                drain_s = STUB_LOSS_DRAIN_S
-            finally:
-                process.stop(drain_s)
-            restarts.append(time.monotonic())
-            if len(restarts) == MAX_RESTARTS and restarts[-1] - restarts[0] < RESTART_WINDOW_S:
-                raise ServeError(f"{cause}, {MAX_RESTARTS} times within {RESTART_WINDOW_S:g} s: giving up")
         log(logger, logging.INFO, "stopped")
+
+    def _serve_once(self, triton: Triton) -> str | None:
+        """Run one tritonserver until it is told to stop, or something of it dies; then say what."""
+        self._clean()
+        models = render(self._options, self._state.repository)
+        process = TritonProcess(triton, self._options, repository=self._state.repository, board=self._state.board)
+        drain_s = float(self._options.exit_timeout_s)
+        try:
+            started = time.monotonic()
+            self._wait_ready(process)
+            if self._stopping.is_set():
+                return None
+            self._state.write(self._options, ready=True)
+            log(logger, logging.INFO, "ready", models=",".join(models), seconds=time.monotonic() - started)
+            self._on_ready()
+            cause = self._watch(process)
+            if cause:
+                self._state.write(self._options, ready=False)
+                drain_s = LOSS_DRAIN_S
+            return cause
+        finally:
+            process.stop(drain_s)
 
     def _wait_ready(self, process: TritonProcess) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -110,11 +116,6 @@ class Server:
             if time.monotonic() > deadline:
                 raise ServeError(f"the server was not ready within {START_TIMEOUT_S:g} s; its log says why")
             self._stopping.wait(POLL_S)
-
-    def _announce(self, models: list[str], *, seconds: float) -> None:
-        self._state.write(self._options, ready=True)
-        log(logger, logging.INFO, "ready", models=",".join(models), seconds=seconds)
-        self._on_ready()
 
     def _watch(self, process: TritonProcess) -> str | None:
         """Wait until something dies, and name it; None when the server was told to stop."""
@@ -136,6 +137,15 @@ class Server:
         self._stopping.set()
 
 
+def _require_none(state: ServerState) -> None:
+    running = state.process()
+    if running:
+        raise ServeError(
+            f"a server runs on HTTP port {state.http_port} already (process {running.pid});"
+            f" genserve stop --http-port {state.http_port} ends it"
+        )
+
+
 def start_detached(arguments: list[str], http_port: int) -> ServerState:
     """Start ``genserve serve ARGUMENTS`` in the background and wait until it is ready.
 
@@ -143,6 +153,7 @@ def start_detached(arguments: list[str], http_port: int) -> ServerState:
         ServeError: It did not get ready.
     """
     state = ServerState.of(http_port)
+    _require_none(state)
     state.create()
     state.remove()
     with state.log.open("wb") as output:

@@ -1,0 +1,89 @@
+"""A server of its own for the length of one run, started and stopped by the `genserve` command line."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TypeAlias
+
+from genserve.serve.options import ServeError
+
+Process: TypeAlias = "subprocess.Popen[bytes]"
+RETRY_S = 0.2
+
+
+Addresses = Mapping[str, str]
+"""HOST:PORT for "grpc", "http" and "metrics", as far as they are known."""
+
+
+@contextmanager
+def own_server(models: tuple[str, ...], *, log: Path) -> Iterator[Addresses]:
+    """Serve on free ports inside the block, and stop the server whatever happens in it.
+
+    Args:
+        models: What to serve.
+        log: File that the server's log is copied to, as its own folder is temporary.
+
+    Raises:
+        ServeError: It did not get ready.
+    """
+    http_port, grpc_port, metrics_port = _free_ports(3)
+    command = ["serve", "--detach", "--http-port", str(http_port), "--grpc-port", str(grpc_port)]
+    command += ["--metrics-port", str(metrics_port), *(word for model in models for word in ("--model", model))]
+    with tempfile.TemporaryDirectory(prefix="genserve-perf-") as state:
+        errors = Path(state) / "errors.txt"
+        with errors.open("wb") as file:
+            starter = _genserve(command, state, errors=file)
+        try:
+            if starter.wait():
+                raise ServeError(f"the server did not start: {_last_line(errors)}; its log is {log}")
+            ports = {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}
+            yield {name: f"127.0.0.1:{port}" for name, port in ports.items()}
+        finally:
+            _stop(http_port, state, starter)
+            for written in Path(state).rglob("server.log"):
+                shutil.copy(written, log)
+
+
+def _last_line(errors: Path) -> str:
+    """The line that `genserve` failed with, less the name of a log that is about to go."""
+    line = errors.read_text(errors="replace").strip().rpartition("\n")[2]
+    return line.removeprefix("genserve: ").partition(" (log: ")[0]
+
+
+def _genserve(arguments: list[str], state: str, *, errors: IO[bytes] | int = subprocess.DEVNULL) -> Process:
+    return subprocess.Popen(
+        [sys.executable, "-m", "genserve", *arguments],
+        env={**os.environ, "GENSERVE_STATE_DIR": state},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=errors,
+        # Ctrl-C is for this process, which then stops the server in order.
+        start_new_session=True,
+    )
+
+
+def _stop(http_port: int, state: str, starter: Process) -> None:
+    """End the server, also one that is still starting: `stop` finds it as soon as it has recorded itself."""
+    while True:
+        nothing_follows = starter.poll() is not None
+        _genserve(["stop", "--http-port", str(http_port)], state).wait()
+        if nothing_follows:
+            break
+        time.sleep(RETRY_S)
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports

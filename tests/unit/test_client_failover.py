@@ -1,0 +1,307 @@
+"""How a client spreads its requests over several servers, with servers that only pretend."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+import genserve.client
+from genserve import (
+    Cancelled,
+    Client,
+    DeadlineExceeded,
+    InvalidInput,
+    OutOfMemory,
+    QueueFull,
+    ServerError,
+    ServerUnavailable,
+)
+from genserve.protocol import Call, Outputs
+
+Answer = Callable[[], Outputs]
+
+
+def score() -> Outputs:
+    return {"SCORES": np.array([[0.5]], dtype=np.float32)}
+
+
+class FakeServer:
+    """Answers with its script's next entry, and with a score once that is over."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.calls: list[Call] = []
+        self.timeouts: list[float] = []
+        self.script: list[Exception | Answer] = []
+        self.always: Exception | None = None
+        self.is_ready = True
+        self.closed = False
+
+    def infer(self, call: Call, timeout_s: float) -> Outputs:
+        self.calls.append(call)
+        self.timeouts.append(timeout_s)
+        answer = self.script.pop(0) if self.script else self.always or score
+        if isinstance(answer, Exception):
+            raise answer
+        return answer()
+
+    def live(self) -> bool:
+        return self.ready()
+
+    def ready(self) -> bool:
+        if self.always:
+            raise self.always
+        return self.is_ready
+
+    def metadata(self) -> dict[str, Any]:
+        if self.always:
+            raise self.always
+        return {"version": "2.55.0"}
+
+    def models(self) -> list[dict[str, Any]]:
+        if self.always:
+            raise self.always
+        return [{"name": "flux", "version": "1", "state": "READY"}, {"name": "rerank", "state": "UNAVAILABLE"}]
+
+    def statistics(self) -> list[dict[str, Any]]:
+        # Counters are texts over gRPC, which leaves out those that are zero.
+        queue = {"count": "4", "ns": "2000000000"}
+        return [{"name": "flux", "inference_stats": {"success": {"count": "4"}, "queue": queue, "fail": {}}}]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+Make = Callable[..., tuple[Client, list[FakeServer]]]
+
+
+@pytest.fixture
+def make(monkeypatch: pytest.MonkeyPatch) -> Make:
+    monkeypatch.setattr(genserve.client, "connect", FakeServer)
+    monkeypatch.setattr(genserve.client, "RETRY_PAUSE_S", 0.01)
+
+    def make(count: int, **options: Any) -> tuple[Client, list[FakeServer]]:
+        client = Client([f"server-{number}" for number in range(count)], **options)
+        servers: list[Any] = client._servers
+        return client, servers
+
+    return make
+
+
+def ask(client: Client, **options: Any) -> None:
+    client.rerank("q", ["d"], **options)
+
+
+def counts(servers: Sequence[FakeServer]) -> list[int]:
+    return [len(server.calls) for server in servers]
+
+
+def test_idle_servers_take_turns(make: Make) -> None:
+    client, servers = make(3)
+    for _ in range(9):
+        ask(client)
+    assert counts(servers) == [3, 3, 3]
+
+
+def test_the_least_busy_server_is_asked_first(make: Make) -> None:
+    client, servers = make(3)
+    started, gate = threading.Barrier(3), threading.Event()
+
+    def slow() -> Outputs:
+        started.wait(10)
+        gate.wait(10)
+        return score()
+
+    for server in servers[:2]:
+        server.script.append(slow)
+    threads = [threading.Thread(target=ask, args=(client,)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    started.wait(10)
+    for _ in range(6):
+        ask(client)
+    assert counts(servers) == [1, 1, 6]
+    gate.set()
+    for thread in threads:
+        thread.join(10)
+    for _ in range(3):
+        ask(client)
+    assert counts(servers) == [2, 2, 7]
+
+
+@pytest.mark.parametrize(
+    "error", [ServerUnavailable("down"), QueueFull("full")], ids=lambda error: type(error).__name__
+)
+def test_a_server_that_cannot_take_a_request_is_passed_over(error: Exception, make: Make) -> None:
+    client, servers = make(3)
+    servers[0].always = error
+    for _ in range(6):
+        ask(client)
+    assert sum(counts(servers[1:])) == 6
+    (first, *_) = servers[0].calls
+    assert first in servers[1].calls
+
+
+@pytest.mark.parametrize(
+    "error",
+    [InvalidInput("x"), ServerError("x"), Cancelled("x"), OutOfMemory("x"), DeadlineExceeded("x")],
+    ids=lambda error: type(error).__name__,
+)
+def test_other_errors_are_the_answer(error: Exception, make: Make) -> None:
+    client, servers = make(3, retry_for=10)
+    servers[0].always = error
+    with pytest.raises(type(error)) as caught:
+        ask(client)
+    assert caught.value is error
+    assert counts(servers) == [1, 0, 0]
+
+
+def test_an_error_leaves_no_request_under_way(make: Make) -> None:
+    client, servers = make(2)
+    servers[0].script = [InvalidInput("x")]
+    with pytest.raises(InvalidInput):
+        ask(client)
+    for _ in range(4):
+        ask(client)
+    assert counts(servers) == [3, 2]
+
+
+@pytest.mark.parametrize(
+    ("errors", "kind"),
+    [
+        ((ServerUnavailable("a"), ServerUnavailable("b")), ServerUnavailable),
+        ((QueueFull("a"), QueueFull("b")), QueueFull),
+        ((ServerUnavailable("a"), QueueFull("b")), QueueFull),
+    ],
+    ids=["unreachable", "full", "mixed"],
+)
+def test_when_none_can_each_was_asked_once(
+    errors: tuple[Exception, Exception], kind: type[Exception], make: Make
+) -> None:
+    client, servers = make(2)
+    for server, error in zip(servers, errors, strict=True):
+        server.always = error
+    with pytest.raises(kind):
+        ask(client)
+    assert counts(servers) == [1, 1]
+
+
+def test_retry_for_waits_for_a_server_to_come_back(make: Make) -> None:
+    client, servers = make(2, retry_for=10)
+    for server in servers:
+        server.script = [ServerUnavailable("down")] * 3
+    ask(client)
+    assert sum(counts(servers)) == 7
+
+
+def test_retry_for_ends(make: Make) -> None:
+    client, servers = make(1, retry_for=0.2)
+    servers[0].always = ServerUnavailable("down")
+    started = time.monotonic()
+    with pytest.raises(ServerUnavailable):
+        ask(client)
+    assert 0.1 < time.monotonic() - started < 2
+    assert len(servers[0].calls) > 2
+
+
+def test_a_full_queue_is_not_waited_for(make: Make) -> None:
+    client, servers = make(2, retry_for=10)
+    for server in servers:
+        server.always = QueueFull("full")
+    with pytest.raises(QueueFull):
+        ask(client)
+    assert counts(servers) == [1, 1]
+
+
+def test_the_timeout_bounds_all_attempts_together(make: Make) -> None:
+    client, servers = make(2, retry_for=60)
+    for server in servers:
+        server.always = ServerUnavailable("down")
+    started = time.monotonic()
+    with pytest.raises((ServerUnavailable, DeadlineExceeded)):
+        ask(client, timeout=0.2)
+    assert time.monotonic() - started < 2
+    timeouts = [timeout for server in servers for timeout in server.timeouts]
+    assert max(timeouts) <= 0.2
+    assert min(timeouts) > 0
+
+
+def test_a_late_failover_has_only_the_time_that_is_left(make: Make) -> None:
+    client, servers = make(2)
+
+    def slow_failure() -> Outputs:
+        time.sleep(0.2)
+        raise ServerUnavailable("went away")
+
+    servers[0].script = [slow_failure]
+    ask(client, timeout=10)
+    (left,) = servers[1].timeouts
+    assert 9 < left <= 9.8
+
+    servers[0].script = servers[1].script = [slow_failure]
+    with pytest.raises(DeadlineExceeded):
+        ask(client, timeout=0.1)
+
+
+@pytest.mark.parametrize(("timeout", "expected"), [(None, 5.0), (3.0, 3.0)], ids=["client", "call"])
+def test_a_calls_timeout_goes_before_the_clients(timeout: float | None, expected: float, make: Make) -> None:
+    client, servers = make(1, timeout=5.0)
+    ask(client, timeout=timeout)
+    assert expected - 0.5 < servers[0].timeouts[0] <= expected
+    assert servers[0].calls[0].queue_timeout_s == timeout
+
+
+def test_health_needs_one_ready_server(make: Make) -> None:
+    client, servers = make(2)
+    assert client.health()
+    servers[0].always = ServerUnavailable("down")
+    assert client.health()
+    servers[1].is_ready = False
+    assert not client.health()
+
+
+def test_status_lists_every_server(make: Make) -> None:
+    client, servers = make(3)
+    servers[1].always = ServerUnavailable("down")
+    servers[2].is_ready = False
+    servers[2].script = [ServerUnavailable("no model tasks")]
+    task = np.array([b'[{"task_id": "t"}]'], dtype=np.object_)
+    servers[0].script = [lambda: {"TASK": task}]
+    found = client.status()
+    assert [(each.url, each.live, each.ready) for each in found] == [
+        ("server-0", True, True),
+        ("server-1", False, False),
+        ("server-2", True, False),
+    ]
+    assert [each.tasks for each in found] == [({"task_id": "t"},), (), ()]
+    assert found[0].version == "2.55.0"
+
+
+def test_models_are_those_of_the_first_server_that_answers(make: Make) -> None:
+    client, servers = make(2)
+    servers[0].always = ServerUnavailable("down")
+    flux, rerank = client.models()
+    assert (flux.name, flux.version, flux.state, flux.succeeded, flux.failed, flux.queue_s) == (
+        "flux",
+        "1",
+        "READY",
+        4,
+        0,
+        0.5,
+    )
+    assert (rerank.name, rerank.state, rerank.succeeded, rerank.queue_s) == ("rerank", "UNAVAILABLE", 0, 0.0)
+    servers[1].always = ServerUnavailable("down too")
+    with pytest.raises(ServerUnavailable):
+        client.models()
+
+
+def test_leaving_the_block_closes_every_connection(make: Make) -> None:
+    client, servers = make(2)
+    with client:
+        pass
+    assert [server.closed for server in servers] == [True, True]

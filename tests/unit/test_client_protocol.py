@@ -1,0 +1,261 @@
+"""Arguments to tensors, and answers to results."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from genserve import Client, InvalidInput, ServerError
+from genserve.protocol import (
+    DTYPES,
+    PRIORITIES,
+    Call,
+    generate_call,
+    generated_image,
+    ranking,
+    rerank_call,
+    task_answer,
+    tasks_call,
+)
+
+NUMPY_KINDS = {"BYTES": np.object_, "FP32": np.float32, "INT32": np.int32, "INT64": np.int64}
+EVERY_SETTING: dict[str, Any] = {
+    "negative_prompt": "dogs",
+    "true_cfg_scale": 2.5,
+    "height": 512,
+    "width": 768,
+    "steps": 4,
+    "guidance": 3.5,
+    "seed": 2**63 - 1,
+    "format": "webp",
+}
+
+
+def generate(prompt: Any = "a cat", **given: Any) -> Call:
+    values = {"priority": "normal", "timeout": None, "task_id": "id", "lora": (), **given}
+    return generate_call(prompt, **values)
+
+
+def rerank(query: Any = "q", documents: Any = ("a", "b"), **given: Any) -> Call:
+    values = {"instruction": None, "priority": "normal", "timeout": None, "request_id": "id", **given}
+    return rerank_call(query, documents, **values)
+
+
+def test_what_is_not_given_is_not_sent() -> None:
+    call = generate(**dict.fromkeys(EVERY_SETTING))
+    assert call.model == "flux"
+    assert call.inputs.keys() == {"PROMPT", "TASK_ID"}
+    assert call.outputs == ("IMAGE", "SEED", "INFO")
+    assert rerank().inputs.keys() == {"QUERY", "DOCUMENTS"}
+
+
+def test_every_setting_has_its_tensor() -> None:
+    call = generate(**EVERY_SETTING, lora=[{"name": "x", "weight": 0.5}])
+    sent = {name: array.item() for name, array in call.inputs.items()}
+    assert sent == {
+        "PROMPT": b"a cat",
+        "TASK_ID": b"id",
+        "NEGATIVE_PROMPT": b"dogs",
+        "TRUE_CFG_SCALE": 2.5,
+        "HEIGHT": 512,
+        "WIDTH": 768,
+        "STEPS": 4,
+        "GUIDANCE": 3.5,
+        "SEED": 2**63 - 1,
+        "FORMAT": b"webp",
+        "LORA": b'[{"name": "x", "weight": 0.5}]',
+    }
+    assert call.request_id == "id"
+
+
+@pytest.mark.parametrize(
+    ("call", "shapes"),
+    [
+        (generate(**EVERY_SETTING, lora=[{}]), {}),
+        (rerank(documents=["a", "b", "c"], instruction="i"), {"DOCUMENTS": (1, 3)}),
+        (rerank(documents=["a"]), {"DOCUMENTS": (1, 1)}),
+        (tasks_call("status", "id"), {"ACTION": (1,), "TASK_ID": (1,)}),
+        (tasks_call("list"), {"ACTION": (1,), "TASK_ID": (1,)}),
+    ],
+    ids=["generate", "rerank", "one-document", "status", "list"],
+)
+def test_dtypes_and_shapes_are_the_contracts(call: Call, shapes: dict[str, tuple[int, ...]]) -> None:
+    for name, array in call.inputs.items():
+        assert array.dtype == NUMPY_KINDS[DTYPES[name]], name
+        assert array.shape == shapes.get(name, (1, 1)), name
+        if DTYPES[name] == "BYTES":
+            assert all(isinstance(value, bytes) for value in array.reshape(-1)), name
+
+
+@pytest.mark.parametrize("text", ["", "a\x00", "\x00", "\u4e00", "\U0001f43c" * 3, "trailing \n"], ids=repr)
+def test_text_travels_whole(text: str) -> None:
+    assert generate(text).inputs["PROMPT"].item() == text.encode()
+    call = rerank(documents=[text, "x", text])
+    assert list(call.inputs["DOCUMENTS"][0]) == [text.encode(), b"x", text.encode()]
+
+
+@pytest.mark.parametrize(
+    ("call", "tensor"),
+    [
+        (lambda: generate(b"bytes"), "PROMPT"),
+        (lambda: generate(None), "PROMPT"),
+        (lambda: generate(["a", "b"]), "PROMPT"),
+        (lambda: generate(negative_prompt=5), "NEGATIVE_PROMPT"),
+        (lambda: generate(height="512"), "HEIGHT"),
+        (lambda: generate(height=512.5), "HEIGHT"),
+        (lambda: generate(width=[512]), "WIDTH"),
+        (lambda: generate(width=2**31), "WIDTH"),
+        (lambda: generate(steps=4.7), "STEPS"),
+        (lambda: generate(steps=float("nan")), "STEPS"),
+        (lambda: generate(seed=2**63), "SEED"),
+        (lambda: generate(seed="7"), "SEED"),
+        (lambda: generate(guidance="3.5"), "GUIDANCE"),
+        (lambda: generate(guidance=3.5j), "GUIDANCE"),
+        (lambda: generate(true_cfg_scale=[4.0]), "TRUE_CFG_SCALE"),
+        (lambda: generate(true_cfg_scale=10**400), "TRUE_CFG_SCALE"),
+        (lambda: generate(format=b"png"), "FORMAT"),
+        (lambda: generate(task_id=7), "TASK_ID"),
+        (lambda: generate(lora=[object()]), "LORA"),
+        (lambda: generate(lora=5), "LORA"),
+        (lambda: rerank(query=5), "QUERY"),
+        (lambda: rerank(documents=["a", None]), "DOCUMENTS"),
+        (lambda: rerank(documents=[["a"], ["b"]]), "DOCUMENTS"),
+        (lambda: rerank(documents=[b"a"]), "DOCUMENTS"),
+        (lambda: rerank(instruction=5), "INSTRUCTION"),
+        (lambda: generate("\ud800"), "PROMPT"),
+        (lambda: rerank(documents=["ok", "half \udc00 of a pair"]), "DOCUMENTS"),
+    ],
+    ids=str,
+)
+def test_what_is_no_such_value_is_refused_by_name(call: Callable[[], Call], tensor: str) -> None:
+    with pytest.raises(InvalidInput, match=f"^{tensor} ") as caught:
+        call()
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [np.int64(512), np.int32(512), True], ids=repr)
+def test_whole_numbers_of_other_types_are_numbers(number: Any) -> None:
+    assert generate(height=number).inputs["HEIGHT"].item() == int(number)
+
+
+@pytest.mark.parametrize("number", [3, np.float32(3.0), np.int64(3)], ids=repr)
+def test_real_numbers_of_other_types_are_numbers(number: Any) -> None:
+    assert generate(guidance=number).inputs["GUIDANCE"].item() == 3.0
+
+
+@pytest.mark.parametrize("level", [("high", 1), ("normal", 2), ("low", 3)], ids=str)
+def test_priorities(level: tuple[str, int]) -> None:
+    name, number = level
+    assert generate(priority=name).priority == number
+    assert rerank(priority=name).priority == number
+    assert tasks_call("list").priority == PRIORITIES["normal"]
+
+
+@pytest.mark.parametrize("priority", ["urgent", "", "HIGH", 1, None], ids=repr)
+def test_other_priorities_are_refused(priority: Any) -> None:
+    with pytest.raises(InvalidInput, match="priority is .*; allowed: high, normal, low"):
+        generate(priority=priority)
+
+
+@pytest.mark.parametrize(
+    ("timeout", "microseconds"),
+    [(None, None), (1, 1_000_000), (0.25, 250_000), (240.0, 240_000_000), (0.0000014, 1), (1e-9, 1), (1e6, 10**12)],
+    ids=str,
+)
+def test_timeouts_travel_in_microseconds(timeout: float | None, microseconds: int | None) -> None:
+    assert generate(timeout=timeout).queue_timeout_us == microseconds
+    assert rerank(timeout=timeout).queue_timeout_us == microseconds
+
+
+def scores(*values: float) -> dict[str, Any]:
+    return {"SCORES": np.array([values], dtype=np.float32)}
+
+
+def test_the_ranking_falls_and_keeps_indices() -> None:
+    found = ranking(scores(0.25, 1.0, 0.5), ["a", "b", "c"], None)
+    assert [(each.index, each.score, each.document) for each in found] == [(1, 1.0, "b"), (2, 0.5, "c"), (0, 0.25, "a")]
+
+
+def test_ties_keep_the_order_they_came_in() -> None:
+    found = ranking(scores(0.5, 1.0, 0.5, 1.0, 0.5), list("abcde"), None)
+    assert [each.document for each in found] == list("bdace")
+
+
+@pytest.mark.parametrize(("top_n", "documents"), [(1, "b"), (2, "bc"), (3, "bca"), (99, "bca"), (None, "bca")], ids=str)
+def test_top_n(top_n: int | None, documents: str) -> None:
+    found = ranking(scores(0.25, 1.0, 0.5), ["a", "b", "c"], top_n)
+    assert [each.document for each in found] == list(documents)
+
+
+def test_an_answer_becomes_an_image() -> None:
+    outputs = {
+        "IMAGE": np.array([[b"\x89PNG\x00\x00"]], dtype=np.object_),
+        "SEED": np.array([[2**63 - 1]], dtype=np.int64),
+        "INFO": np.array([['{"steps": 4, "model": "\u4e00"}'.encode()]], dtype=np.object_),
+    }
+    image = generated_image(outputs)
+    assert (image.data, image.seed, image.info) == (b"\x89PNG\x00\x00", 2**63 - 1, {"steps": 4, "model": "\u4e00"})
+
+
+def test_an_info_that_is_no_object_is_the_servers_fault() -> None:
+    outputs = {
+        "IMAGE": np.array([[b""]], dtype=np.object_),
+        "SEED": np.array([[0]], dtype=np.int64),
+        "INFO": np.array([[b"[]"]], dtype=np.object_),
+    }
+    with pytest.raises(ServerError, match="INFO"):
+        generated_image(outputs)
+
+
+def test_a_tasks_answer_is_json() -> None:
+    task = {"task_id": "\u4e00", "state": "running"}
+    assert task_answer({"TASK": np.array([json.dumps(task).encode()], dtype=np.object_)}) == task
+
+
+# What the client refuses before it asks anybody: nothing listens at this address.
+
+
+@pytest.mark.parametrize(
+    ("ask", "message"),
+    [
+        (lambda client: client.rerank("q", []), "DOCUMENTS is an empty list"),
+        (lambda client: client.rerank("q", "one text"), "DOCUMENTS is one text"),
+        (lambda client: client.rerank("q", ["a"], top_n=0), "top_n is 0; allowed: at least 1"),
+        (lambda client: client.rerank("q", ["a"], timeout=0), "timeout is 0; allowed"),
+        (lambda client: client.generate("p", timeout=-1), "timeout is -1; allowed"),
+        (lambda client: client.generate("p", timeout=float("nan")), "timeout is nan; allowed"),
+        (lambda client: client.generate("p", timeout=float("inf")), "timeout is inf; allowed"),
+        (lambda client: client.generate("\ud800"), "PROMPT cannot be sent"),
+    ],
+    ids=[
+        "no-documents",
+        "one-text",
+        "top_n",
+        "timeout-0",
+        "timeout-negative",
+        "timeout-nan",
+        "timeout-inf",
+        "surrogate",
+    ],
+)
+def test_the_client_refuses_by_itself(ask: Callable[[Client], Any], message: str) -> None:
+    with Client("localhost:1") as client, pytest.raises(InvalidInput) as caught:
+        ask(client)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    "url", ["", "localhost", "localhost:", "ftp://localhost:1", "https://localhost:1", "a:b"], ids=repr
+)
+def test_other_addresses_are_refused(url: str) -> None:
+    with pytest.raises(InvalidInput, match="url is "):
+        Client(url)
+
+
+def test_an_empty_list_of_addresses_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="at least one address"):
+        Client([])

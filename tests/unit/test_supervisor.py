@@ -1,0 +1,376 @@
+"""The supervisor with real worker processes, which work, hang, crash, and lose their parent."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from worker_handlers import BROKEN_ENV
+
+from genserve_backend.errors import Cancelled, DeadlineExceeded, InvalidInput, RequestError, ServerError
+from genserve_backend.settings import FluxSettings
+from genserve_backend.worker import supervisor as supervisor_module
+from genserve_backend.worker.link import WORKER_PATH_ENV
+from genserve_backend.worker.messages import Start
+from genserve_backend.worker.supervisor import Supervisor, WorkerStartError
+
+SLOTS = 4
+PATIENCE_S = 30.0
+
+
+class Recorder:
+    """A task that remembers what it was told."""
+
+    def __init__(self, task_id: str) -> None:
+        self.task_id = task_id
+        self.cancelled = False
+        self.progress: list[tuple[int, int, bytes]] = []
+        self.outcomes: list[Any] = []
+        self.running = threading.Event()
+        self.heard = threading.Event()
+        self.ended = threading.Event()
+        self.ended_s = 0.0
+
+    def is_cancelled(self) -> bool:
+        if self.cancelled:
+            self.heard.set()
+        return self.cancelled
+
+    def on_progress(self, step: int, steps: int, preview: bytes) -> None:
+        self.progress.append((step, steps, preview))
+        self.running.set()
+
+    def on_done(self, result: Any) -> None:
+        self._end(result)
+
+    def on_failed(self, error: RequestError) -> None:
+        self._end(error)
+
+    def _end(self, outcome: Any) -> None:
+        self.outcomes.append(outcome)
+        self.ended_s = time.monotonic()
+        self.ended.set()
+
+    def outcome(self) -> Any:
+        assert self.ended.wait(PATIENCE_S), f"{self.task_id} was never answered"
+        return self.outcomes[0]
+
+
+Submit = Callable[..., Recorder]
+
+
+def make(factory: str = "build_scripted", *, slots: int = SLOTS, **settings: Any) -> Supervisor:
+    values = FluxSettings(model_path=Path("/nowhere"), threads=1, **settings)
+    return Supervisor(Start(f"worker_handlers:{factory}", values, "cpu", "flux_0"), slots=slots)
+
+
+def submitter(supervisor: Supervisor, recorders: list[Recorder]) -> Submit:
+    def submit(verb: str, argument: Any = None, *, within_s: float = 60.0) -> Recorder:
+        recorder = Recorder(f"{verb}-{len(recorders)}")
+        recorders.append(recorder)
+        supervisor.submit(recorder, (verb, argument), deadline=time.monotonic() + within_s)
+        return recorder
+
+    return submit
+
+
+def is_gone(pid: int) -> bool:
+    """Whether a process has ended; one that nobody has buried yet has."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
+    give_up = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > give_up:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def in_background(first: Callable[[], None], *, then: Callable[[], None]) -> None:
+    def both() -> None:
+        first()
+        then()
+
+    threading.Thread(target=both, daemon=True).start()
+
+
+def kill_worker(supervisor: Supervisor) -> None:
+    pid = supervisor.worker_pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    assert wait_until(lambda: supervisor.worker_pid != pid, PATIENCE_S)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def worker_path() -> Iterator[None]:
+    """Lets the workers import `worker_handlers`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(WORKER_PATH_ENV, os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]))
+        yield
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Supervisor]:
+    supervisor = make()
+    supervisor.start()
+    yield supervisor
+    supervisor.close()
+
+
+@pytest.fixture
+def submit(shared: Supervisor) -> Iterator[Submit]:
+    """Submits to the supervisor that the tests share; every request has exactly one end by the end of the test."""
+    recorders: list[Recorder] = []
+    yield submitter(shared, recorders)
+    for recorder in recorders:
+        recorder.outcome()
+    assert [len(recorder.outcomes) for recorder in recorders] == [1] * len(recorders)
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Iterator[Path]:
+    """A file that ends every `hold` and `hang` once it is there."""
+    yield tmp_path / "gate"
+    (tmp_path / "gate").touch()
+
+
+def test_answers_come_in_order(submit: Submit) -> None:
+    tasks = [submit("echo", {"number": number}) for number in range(20)]
+    assert [task.outcome() for task in tasks] == [{"number": number} for number in range(20)]
+    assert [task.ended_s for task in tasks] == sorted(task.ended_s for task in tasks)
+
+
+def test_the_worker_is_another_process_on_its_device(shared: Supervisor, submit: Submit) -> None:
+    assert submit("where").outcome() == (shared.worker_pid, "cpu")
+    assert shared.worker_pid != os.getpid()
+
+
+def test_progress_reaches_the_task(submit: Submit) -> None:
+    task = submit("steps", 3)
+    assert task.outcome() == "stepped"
+    assert task.progress == [(1, 3, b""), (2, 3, b""), (3, 3, b"preview")]
+
+
+def test_a_full_instance_blocks_until_a_slot_frees(shared: Supervisor, submit: Submit, gate: Path) -> None:
+    shared.wait_for_slot()
+    tasks = [submit("hold", str(gate)) for _ in range(SLOTS)]
+    through = threading.Event()
+    in_background(shared.wait_for_slot, then=through.set)
+    assert not through.wait(0.3)
+    tasks[0].cancelled = True
+    assert through.wait(5)
+    assert isinstance(tasks[0].outcome(), Cancelled)
+    assert [task.ended.is_set() for task in tasks[1:]] == [False] * (SLOTS - 1)
+
+
+def test_an_arbitrary_exception_is_its_requests_own(submit: Submit) -> None:
+    bad, good = submit("fail", "secret"), submit("echo", "good")
+    assert type(bad.outcome()) is ServerError
+    assert str(bad.outcome()) == "KeyError in the engine; see the server's log"
+    assert good.outcome() == "good"
+
+
+def test_a_request_error_crosses_the_processes(submit: Submit) -> None:
+    error = submit("refuse", "STEPS is 0; allowed: 1 to 100").outcome()
+    assert type(error) is InvalidInput
+    assert error.wire_message == "InvalidInput: STEPS is 0; allowed: 1 to 100"
+
+
+def test_cancelled_while_running(submit: Submit, gate: Path) -> None:
+    running, queued = submit("hold", str(gate)), submit("echo", "next")
+    assert running.running.wait(PATIENCE_S)
+    running.cancelled = True
+    assert type(running.outcome()) is Cancelled
+    assert queued.outcome() == "next"
+
+
+def test_cancelled_while_queued(submit: Submit, gate: Path) -> None:
+    running, queued, last = submit("hold", str(gate)), submit("steps", 3), submit("echo", "last")
+    queued.cancelled = True
+    assert running.running.wait(PATIENCE_S)
+    assert queued.heard.wait(PATIENCE_S)
+    time.sleep(0.1)  # the cancellation is on its way to the worker
+    gate.touch()
+    assert running.outcome() == "held"
+    assert type(queued.outcome()) is Cancelled
+    assert queued.progress == []
+    assert last.outcome() == "last"
+
+
+def test_deadline_while_running(submit: Submit, gate: Path) -> None:
+    running, queued = submit("hold", str(gate), within_s=0.3), submit("echo", "next")
+    assert type(running.outcome()) is DeadlineExceeded
+    assert running.progress
+    assert queued.outcome() == "next"
+
+
+def test_deadline_while_queued(submit: Submit, gate: Path) -> None:
+    running, queued = submit("hold", str(gate)), submit("steps", 3, within_s=0.1)
+    time.sleep(0.2)
+    gate.touch()
+    assert running.outcome() == "held"
+    assert type(queued.outcome()) is DeadlineExceeded
+    assert queued.progress == []
+
+
+def test_deadlines_hold_where_the_engine_does_not_look(
+    submit: Submit, gate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor_module, "DEADLINE_GRACE_S", 0.1)
+    hung, queued, last = submit("hang", str(gate), within_s=0.2), submit("echo", 1, within_s=0.2), submit("echo", 2)
+    assert type(hung.outcome()) is DeadlineExceeded
+    assert type(queued.outcome()) is DeadlineExceeded
+    assert not last.ended.is_set()
+    gate.touch()
+    assert last.outcome() == 2
+
+
+def test_a_stopped_worker_does_not_block_those_who_submit(shared: Supervisor, submit: Submit) -> None:
+    worker = psutil.Process(shared.worker_pid)
+    large = "x" * 5_000_000
+    worker.suspend()
+    try:
+        started = time.monotonic()
+        task = submit("echo", large)
+        assert time.monotonic() - started < 1.0
+        time.sleep(0.2)
+        assert not task.ended.is_set()
+    finally:
+        worker.resume()
+    assert task.outcome() == large
+
+
+def test_what_is_in_flight_survives_the_worker(shared: Supervisor, submit: Submit, gate: Path) -> None:
+    before = shared.worker_pid
+    in_flight = [submit("hold", str(gate)), submit("echo", 1), submit("echo", 2)]
+    assert in_flight[0].running.wait(PATIENCE_S)
+    kill_worker(shared)
+    # These come while the next worker loads.
+    cancelled, late, patient = submit("echo", 3), submit("echo", 4, within_s=0.2), submit("echo", 5)
+    cancelled.cancelled = True
+    assert type(cancelled.outcome()) is Cancelled
+    assert type(late.outcome()) is DeadlineExceeded
+    gate.touch()
+    assert [task.outcome() for task in in_flight] == ["held", 1, 2]
+    assert patient.outcome() == 5
+    assert submit("where").outcome()[0] == shared.worker_pid != before
+
+
+def test_a_request_that_kills_workers_fails_alone(shared: Supervisor, submit: Submit, gate: Path) -> None:
+    before = submit("hold", str(gate))
+    killer = submit("crash")
+    behind = [submit("echo", number) for number in range(5)]
+    gate.touch()
+    assert before.outcome() == "held"
+    assert type(killer.outcome()) is ServerError
+    assert "died 2 times" in str(killer.outcome())
+    assert [task.outcome() for task in behind] == list(range(5))
+    shared.wait_for_slot()
+    assert submit("echo", "next").outcome() == "next"
+
+
+def test_a_worker_that_cannot_come_back_fails_what_waits_until_it_can(
+    shared: Supervisor, submit: Submit, gate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor_module, "RESTART_BACKOFF_S", (0.0, 0.1))
+    monkeypatch.setenv(BROKEN_ENV, "the disk is gone")
+    running, queued = submit("hold", str(gate)), submit("echo", 1)
+    assert running.running.wait(PATIENCE_S)
+    kill_worker(shared)
+    for task in (running, queued):
+        assert type(task.outcome()) is ServerError
+        assert "the disk is gone" in str(task.outcome())
+    monkeypatch.delenv(BROKEN_ENV)
+    shared.wait_for_slot()
+    assert submit("echo", "back").outcome() == "back"
+
+
+def test_close_ends_the_worker_and_answers_what_is_in_flight(gate: Path) -> None:
+    supervisor = make(slots=1)
+    supervisor.start()
+    recorders: list[Recorder] = []
+    submit = submitter(supervisor, recorders)
+    running = submit("hold", str(gate))
+    submit("echo", 1)
+    assert running.running.wait(PATIENCE_S)
+    pid = supervisor.worker_pid
+    assert pid is not None
+    through = threading.Event()
+    in_background(supervisor.wait_for_slot, then=through.set)
+    supervisor.close()
+    assert not psutil.pid_exists(pid)
+    assert [[type(outcome) for outcome in recorder.outcomes] for recorder in recorders] == [[Cancelled], [Cancelled]]
+    assert through.wait(5)
+
+
+@pytest.mark.parametrize(
+    ("factory", "settings", "reason"),
+    [
+        ("build_without_checkpoint", {}, "no checkpoint folder at /nowhere (set FLUX_MODEL_PATH)"),
+        ("build_broken", {}, "ValueError: first line"),
+        ("build_crashing", {}, "signal SIGKILL"),
+        ("build_scripted", {"start_timeout_s": 0.2}, "the model was not loaded within 0.2 s"),
+    ],
+    ids=["no-checkpoint", "exception", "crash", "timeout"],
+)
+def test_a_worker_that_cannot_load_says_why(factory: str, settings: dict[str, Any], reason: str) -> None:
+    supervisor = make(factory, **settings)
+    with pytest.raises(WorkerStartError) as caught:
+        supervisor.start()
+    assert str(caught.value) == reason
+    pid = supervisor.worker_pid
+    assert pid is not None
+    assert not psutil.pid_exists(pid)
+    supervisor.close()
+
+
+PARENT = """
+import sys, time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from genserve_backend.settings import FluxSettings
+from genserve_backend.worker.messages import Start
+from genserve_backend.worker.supervisor import Supervisor
+
+settings = FluxSettings(model_path=Path("/nowhere"), threads=1)
+start = Start("worker_handlers:build_scripted", settings, "cpu", "flux_0")
+supervisors = [Supervisor(start, slots=1) for _ in range(2)]
+with ThreadPoolExecutor() as pool:
+    list(pool.map(Supervisor.start, supervisors))
+print(*[supervisor.worker_pid for supervisor in supervisors], flush=True)
+time.sleep(600)
+"""
+
+
+def test_workers_end_when_their_parent_is_killed() -> None:
+    """Also one that is stopped, and so cannot notice by itself."""
+    with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True) as parent:
+        try:
+            assert parent.stdout is not None
+            running, stopped = map(int, parent.stdout.readline().split())
+            os.kill(stopped, signal.SIGSTOP)
+            assert not is_gone(running)
+            parent.kill()
+            parent.wait()
+            assert wait_until(lambda: is_gone(running), 5)
+            assert wait_until(lambda: is_gone(stopped), 5)
+        finally:
+            parent.kill()
+            for pid in (running, stopped):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
