@@ -213,12 +213,14 @@ class Client:
     @staticmethod
     def _try_servers(order: Sequence[int], ask: Callable[[int], T]) -> T:
         """The answer of the first server that can take the question."""
-        for index in order[:-1]:
+        refusals: list[ServerUnavailable | QueueFull] = []
+        for index in order:
             try:
                 return ask(index)
-            except (ServerUnavailable, QueueFull):
-                continue
-        return ask(order[-1])
+            except (ServerUnavailable, QueueFull) as error:
+                refusals.append(error)
+        # That a server is full says more than that another one is down.
+        raise next((error for error in refusals if isinstance(error, QueueFull)), refusals[-1])
 
 
 def _checked_timeout(timeout: float) -> float:

@@ -305,3 +305,13 @@ def test_leaving_the_block_closes_every_connection(make: Make) -> None:
     with client:
         pass
     assert [server.closed for server in servers] == [True, True]
+
+
+def test_a_full_server_says_more_than_one_that_is_down() -> None:
+    def ask(index: int) -> None:
+        raise QueueFull("full") if index == 0 else ServerUnavailable("down")
+
+    with pytest.raises(QueueFull):
+        Client._try_servers([0, 1], ask)
+    with pytest.raises(QueueFull):
+        Client._try_servers([1, 0], ask)

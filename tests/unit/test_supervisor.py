@@ -374,3 +374,43 @@ def test_workers_end_when_their_parent_is_killed() -> None:
             for pid in (running, stopped):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
+
+
+class Faulty(Recorder):
+    """A task whose every callback raises, after it has remembered what it was told."""
+
+    def is_cancelled(self) -> bool:
+        raise RuntimeError("is_cancelled")
+
+    def on_progress(self, step: int, steps: int, preview: bytes) -> None:
+        raise RuntimeError("on_progress")
+
+    def on_done(self, result: Any) -> None:
+        super().on_done(result)
+        raise RuntimeError("on_done")
+
+
+def test_a_callback_that_raises_costs_nobody_else_anything(shared: Supervisor, submit: Submit) -> None:
+    before = shared.worker_pid
+    faulty = Faulty("faulty")
+    shared.submit(faulty, ("steps", 3), deadline=time.monotonic() + 60)
+    assert submit("echo", "well").outcome() == "well"
+    assert faulty.outcome() == "stepped"
+    assert shared.worker_pid == before
+
+
+def test_a_request_after_the_end_is_answered() -> None:
+    supervisor = make()
+    supervisor.start()
+    supervisor.close()
+    late = submitter(supervisor, [])("echo", 1)
+    assert isinstance(late.outcome(), Cancelled)
+
+
+def test_a_process_that_cannot_be_started_is_a_failed_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(start: Start) -> None:
+        raise OSError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(supervisor_module, "WorkerLink", refuse)
+    with pytest.raises(WorkerStartError, match="cannot start a process: Resource temporarily unavailable"):
+        make().start()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import sqlite3
 import time
 import uuid
 from collections.abc import Callable
@@ -135,7 +136,12 @@ class Instance(Generic[SettingsT, CheckpointT]):
         deadline = time.monotonic() + timeout_s
         reply.expect(len(rows))
         for index, (task_id, (_, engine_request)) in enumerate(zip(ids, rows, strict=True)):
-            task = RowTask(self, reply, index, task_id, engine_request)
+            try:
+                task = RowTask(self, reply, index, task_id, engine_request)
+            except sqlite3.Error:
+                logger.exception("board could not be written", extra={"fields": {"task_id": task_id}})
+                reply.fail(ServerError("the board could not be written; see the server's log"))
+                return
             self._supervisor.submit(task, engine_request, deadline=deadline)
 
     def wait_for_slot(self) -> None:
@@ -197,8 +203,8 @@ class RowTask:
         self._reply.fail(error)
 
     def _end(self, state: str, error: str | None = None) -> None:
+        """Log the end and show it on the board; a board that cannot be written costs nobody the answer."""
         place = self._instance.place
-        elapsed = time.monotonic() - self._arrived
         log(
             logger,
             logging.INFO,
@@ -206,10 +212,13 @@ class RowTask:
             task_id=self.task_id,
             model=place.model,
             instance=place.instance,
-            seconds=elapsed,
+            seconds=time.monotonic() - self._arrived,
             error=error,
         )
-        self._instance.board.finish(self._key, state, error)
+        try:
+            self._instance.board.finish(self._key, state, error)
+        except sqlite3.Error:
+            logger.exception("board could not be written", extra={"fields": {"task_id": self.task_id}})
 
 
 def _task_id(values: Values, request_id: str, row: int, rows: int) -> str:

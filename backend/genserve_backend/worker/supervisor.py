@@ -27,6 +27,8 @@ RESTART_BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 DEADLINE_GRACE_S = 2.0
 """A worker enforces deadlines at its steps; this much later the supervisor answers in its place."""
 
+SHUTTING_DOWN = Failed(-1, Cancelled("the server is shutting down"))
+
 logger = logging.getLogger(__name__)
 
 
@@ -106,9 +108,14 @@ class Supervisor:
     def submit(self, task: Task, request: Any, *, deadline: float) -> None:
         """Take a request; its task hears of exactly one end. `deadline` is on the clock of time.monotonic()."""
         with self._changed:
-            self._queue.append(_Entry(self._jobs, task, request, deadline))
+            entry = _Entry(self._jobs, task, request, deadline)
             self._jobs += 1
-            self._dispatch()
+            closing = self._closing
+            if not closing:
+                self._queue.append(entry)
+                self._dispatch()
+        if closing:
+            self._answer(entry, SHUTTING_DOWN)
 
     def wait_for_slot(self) -> None:
         """Block until the instance can run another request: its worker is up, and a slot is free."""
@@ -135,25 +142,37 @@ class Supervisor:
     def _watch(self) -> None:
         failed_starts = 0
         while not self._closing:
-            link = WorkerLink(self._start)
-            with self._changed:
-                self._link = link
-            self._log(logging.INFO, "worker started", worker=link.pid)
-            reason = self._attend(link)
-            was_ready = self._ready
-            with self._changed:
-                self._ready = False
-            ending = link.end()
+            cause, was_ready = self._run_worker()
             if self._closing:
                 break
             failed_starts = 0 if was_ready else failed_starts + 1
-            self._sort_out_death(reason or ending, loading=not was_ready)
+            self._sort_out_death(cause, loading=not was_ready)
             if not self._was_ready:
                 break
-            with self._changed:
-                backoff = RESTART_BACKOFF_S[min(failed_starts, len(RESTART_BACKOFF_S) - 1)]
-                self._changed.wait_for(lambda: self._closing, timeout=backoff)
-        self._fail_all(Cancelled("the server is shutting down"))
+            self._pause(RESTART_BACKOFF_S[min(failed_starts, len(RESTART_BACKOFF_S) - 1)])
+        self._answer_all(SHUTTING_DOWN)
+
+    def _run_worker(self) -> tuple[str, bool]:
+        """Run one worker until it is gone: why it went, and whether it had loaded its model."""
+        try:
+            link = WorkerLink(self._start)
+        except OSError as error:
+            return f"cannot start a process: {error.strerror}", False
+        with self._changed:
+            self._link = link
+        self._log(logging.INFO, "worker started", worker=link.pid)
+        reason = self._attend(link)
+        with self._changed:
+            was_ready, self._ready = self._ready, False
+        ending = link.end()
+        return reason or ending, was_ready
+
+    def _pause(self, seconds: float) -> None:
+        """Wait before the next start, with an eye on callers who will not."""
+        until = time.monotonic() + seconds
+        while not self._closing and time.monotonic() < until:
+            self._look_after_callers()
+            time.sleep(POLL_S)
 
     def _attend(self, link: WorkerLink) -> str:
         """Hear the worker and its callers until it is gone; return the reason, where it gave one."""
@@ -185,28 +204,41 @@ class Supervisor:
                 entry = self._sent.pop(event.job, None)
             self._dispatch()
             self._changed.notify_all()
-        if entry is None:
-            return  # no request's event, or one that was answered already because its deadline had passed
-        if isinstance(event, Progress):
-            entry.task.on_progress(event.step, event.steps, event.preview)
-        elif isinstance(event, Done):
-            entry.task.on_done(event.result)
-        elif isinstance(event, Failed):
-            entry.task.on_failed(event.error)
+        if entry:  # else it is no request's event, or that of one whose deadline had passed
+            self._answer(entry, event)
+
+    def _answer(self, entry: _Entry, event: Event) -> None:
+        """Tell a request's task. What it raises is a defect of its own, and must not take the instance along."""
+        try:
+            if isinstance(event, Progress):
+                entry.task.on_progress(event.step, event.steps, event.preview)
+            elif isinstance(event, Done):
+                entry.task.on_done(event.result)
+            elif isinstance(event, Failed):
+                entry.task.on_failed(event.error)
+        except Exception:
+            logger.exception("task callback failed", extra={"fields": {"task_id": entry.task.task_id}})
+
+    def _is_cancelled(self, entry: _Entry) -> bool:
+        try:
+            return entry.task.is_cancelled()
+        except Exception:
+            logger.exception("task callback failed", extra={"fields": {"task_id": entry.task.task_id}})
+            return False
 
     def _look_after_callers(self) -> None:
         now = time.monotonic()
         with self._changed:
             waiting, running = list(self._queue), list(self._sent.values())
         for entry in waiting:
-            if entry.task.is_cancelled():
+            if self._is_cancelled(entry):
                 self._withdraw(entry, Cancelled("the request was cancelled"))
             elif now > entry.deadline:
                 self._withdraw(entry, DeadlineExceeded("the request waited past its deadline"))
         for entry in running:
             if now > entry.deadline + DEADLINE_GRACE_S:
                 self._withdraw(entry, DeadlineExceeded("the request ran past its deadline"))
-            elif not entry.cancel_sent and entry.task.is_cancelled():
+            elif not entry.cancel_sent and self._is_cancelled(entry):
                 entry.cancel_sent = True
                 self._cancel(entry)
 
@@ -220,7 +252,7 @@ class Supervisor:
             else:
                 return
             self._changed.notify_all()
-        entry.task.on_failed(error)
+        self._answer(entry, Failed(entry.job, error))
 
     def _sort_out_death(self, cause: str, *, loading: bool) -> None:
         """Decide what becomes of the requests of a worker that has died."""
@@ -243,18 +275,19 @@ class Supervisor:
             given_up=",".join(entry.task.task_id for entry in given_up) or None,
         )
         for entry in given_up:
-            entry.task.on_failed(ServerError(f"the worker died {MAX_DEATHS} times while it ran this request"))
+            error = ServerError(f"the worker died {MAX_DEATHS} times while it ran this request")
+            self._answer(entry, Failed(entry.job, error))
         if loading:
-            self._fail_all(ServerError(f"the worker cannot start: {cause}"))
+            self._answer_all(Failed(-1, ServerError(f"the worker cannot start: {cause}")))
 
-    def _fail_all(self, error: RequestError) -> None:
+    def _answer_all(self, event: Failed) -> None:
         with self._changed:
             entries = [*self._sent.values(), *self._queue]
             self._sent.clear()
             self._queue.clear()
             self._changed.notify_all()
         for entry in entries:
-            entry.task.on_failed(error)
+            self._answer(entry, event)
 
     # With the lock held, from any thread.
 

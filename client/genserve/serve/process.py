@@ -150,6 +150,8 @@ def _one_line(reason: str) -> str:
 def check_ports(options: ServeOptions) -> None:
     """Raise ServeError when the address cannot be bound, naming the flag that changes the port."""
     flags = ("--http-port", "--grpc-port", "--metrics-port")
+    if len(set(options.ports)) < len(options.ports):
+        raise ServeError(f"HTTP, gRPC and metrics need three different ports, not {options.ports} (see {flags[0]})")
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
     for port, flag in zip(options.ports, flags, strict=True):
         with socket.socket(family, socket.SOCK_STREAM) as probe:

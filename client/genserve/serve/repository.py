@@ -61,7 +61,7 @@ def _chosen(options: ServeOptions) -> list[str]:
     present = sorted(path.parent.name for path in repository.glob("*/config.pbtxt"))
     if not present:
         raise ServeError(f"no models in {repository}: no folder there has a config.pbtxt")
-    unknown = [name for name in options.models if name not in present]
+    unknown = [name for name in (*options.models, *options.instances) if name not in present]
     if unknown:
         raise ServeError(f"no model {unknown[0]} in {repository}, which has {', '.join(present)}")
     return [name for name in present if not options.models or name in options.models or name in SUPPORT]

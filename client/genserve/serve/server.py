@@ -58,8 +58,10 @@ class Server:
         _require_none(self._state)
         check_ports(self._options)
         self._state.create()
+        self._clean()
         self._state.write(self._options, ready=False)
         try:
+            render(self._options, self._state.repository)  # a wrong path should not cost a download first
             self._serve(find_triton())
         except ServeError as error:
             self._state.write(self._options, ready=False, error=str(error))
