@@ -49,7 +49,7 @@ def test_a_killed_worker_costs_no_request(server: Server, client: Client) -> Non
 
 
 def test_a_killed_reranker_costs_no_request(server: Server, client: Client) -> None:
-    documents = [f"document {index} " + "word " * 200 for index in range(300)]
+    documents = [f"document {index} " + "word " * 200 for index in range(120)]
     expected = [document.score for document in client.rerank("document 7", documents)]
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(client.rerank, "document 7", documents)

@@ -166,10 +166,20 @@ def start_detached(arguments: list[str], http_port: int) -> ServerState:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    while process.poll() is None:
-        record = state.read()
-        if record and record["ready"]:
-            return state
-        time.sleep(POLL_S)
-    last_line = state.log.read_text(errors="replace").strip().rpartition("\n")[2]
-    raise ServeError((state.read() or {}).get("error") or f"{last_line.removeprefix('genserve: ')} (log: {state.log})")
+    try:
+        while process.poll() is None:
+            record = state.read()
+            if record and record["ready"]:
+                return state
+            time.sleep(POLL_S)
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        raise
+    raise ServeError((state.read() or {}).get("error") or f"{_last_words(state)} (log: {state.log})")
+
+
+def _last_words(state: ServerState) -> str:
+    """Why a server ended before it could record the reason."""
+    words = [line for line in state.log.read_text(errors="replace").splitlines() if line.startswith("genserve: ")]
+    return words[-1].removeprefix("genserve: ") if words else "the server ended while it started"
