@@ -22,7 +22,7 @@ SPIN_COUNT = "1000"
 """How long torch's CPU threads (GNU OpenMP) wait for each other by spinning before they sleep.
 
 Two workers that spin on the same cores keep each other from the work they wait for. The demo's FLUX, 20 steps at 128
-pixels on two cores, OpenMP's default against this: 0.28 s and 0.29 s alone, 1.2 to 1.7 s and 0.56 s beside a second one.
+pixels on two cores, OpenMP's default against this: 0.28 s and 0.29 s alone, 1.2 to 1.7 s and 0.56 s beside another.
 """
 
 
