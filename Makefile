@@ -45,10 +45,11 @@ test: $(STAMP) $(CHECKPOINTS) lint  ## Pass the linters and all tests
 unit: $(STAMP)  ## Pass the tests that need no server
 	@$(BIN)/python -m pytest tests/unit
 
-lint: $(STAMP)  ## Check style and types
+lint: $(STAMP)  ## Check style, types and the Dockerfile
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy
+	@if [ -x $(BIN)/hadolint ]; then $(BIN)/hadolint docker/Dockerfile; fi
 
 format: $(STAMP)  ## Fix what the formatter can fix
 	@$(BIN)/ruff check --fix --quiet .

@@ -30,9 +30,7 @@ def build(settings: FluxSettings, device: str) -> FluxHandler:
     dtype = resolve_dtype(settings.dtype, device)
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    pipeline = FluxPipeline.from_pretrained(
-        checkpoint.path, torch_dtype=dtype, local_files_only=True, use_safetensors=True
-    )
+    pipeline = FluxPipeline.from_pretrained(checkpoint.path, dtype=dtype, local_files_only=True, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     return FluxHandler(pipeline.to(device), checkpoint)
 

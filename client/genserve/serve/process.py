@@ -9,12 +9,12 @@ import signal
 import socket
 import subprocess
 import uuid
+from http import HTTPStatus
 from pathlib import Path
 from typing import IO
 
 import psutil
-import tritonclient.http as triton_http
-from tritonclient.utils import InferenceServerException
+import urllib3
 
 from genserve.serve.options import ServeError, ServeOptions
 from genserve.serve.triton import STUB, Triton
@@ -76,14 +76,7 @@ class TritonProcess:
         """
         if self._process.poll() is not None:
             raise ServeError(f"tritonserver ended with {self._process.returncode} while it started; its log says why")
-        try:
-            client = triton_http.InferenceServerClient(
-                f"{self._options.local_host}:{self._options.http_port}", connection_timeout=2.0, network_timeout=5.0
-            )
-            with client:
-                index = client.get_model_repository_index()
-        except (OSError, InferenceServerException):
-            return False  # not listening yet: Triton loads its models first
+        index = self._repository_index()
         for model in index:
             if model.get("state") == "UNAVAILABLE":
                 raise ServeError(_one_line(model.get("reason", "")) or f"model {model['name']} failed to load")
@@ -91,6 +84,16 @@ class TritonProcess:
             return False
         self._stubs = [child for child in psutil.Process(self.pid).children() if STUB.startswith(child.name())]
         return True
+
+    def _repository_index(self) -> list[dict[str, str]]:
+        """Triton's list of models with their states; empty while it does not listen, as it loads its models first."""
+        try:
+            answer = urllib3.request(
+                "POST", f"{self._options.addresses['http']}/v2/repository/index", timeout=5.0, retries=False
+            )
+            return list(answer.json()) if answer.status == HTTPStatus.OK else []
+        except (urllib3.exceptions.HTTPError, ValueError):
+            return []
 
     def what_died(self) -> str | None:
         """Names the first part of the server that is gone, or None while all is well."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from genserve_backend.devices import resolve_dtype
 from genserve_backend.rerank.checkpoint import Kind, RerankCheckpoint
 from genserve_backend.rerank.scorers.base import Scorer
 from genserve_backend.rerank.scorers.bi_encoder import BiEncoder
 from genserve_backend.rerank.scorers.causal import Causal
 from genserve_backend.rerank.scorers.cross_encoder import CrossEncoder
-from genserve_backend.settings import DType, RerankSettings
+from genserve_backend.settings import RerankSettings
 
 SCORERS: dict[Kind, type[Scorer]] = {
     "bi-encoder": BiEncoder,
@@ -32,11 +33,4 @@ def load_scorer(checkpoint: RerankCheckpoint, settings: RerankSettings, device: 
     target = torch.device(device)
     limit = min(checkpoint.max_length, settings.max_length or checkpoint.max_length)
     scorer = SCORERS[checkpoint.kind]
-    return scorer(checkpoint, max_length=limit, dtype=torch_dtype(settings.dtype, target), device=target)
-
-
-def torch_dtype(name: DType, device: torch.device) -> torch.dtype:
-    """The dtype that a setting stands for on `device`."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+    return scorer(checkpoint, max_length=limit, dtype=resolve_dtype(settings.dtype, device), device=target)
