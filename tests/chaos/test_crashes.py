@@ -98,6 +98,7 @@ def test_a_killed_stub_brings_the_server_back(server: Server, grpc_client: Clien
 def test_a_killed_tritonserver_comes_back(server: Server, grpc_client: Client) -> None:
     triton = server.process.children()[0]
     family = triton.children(recursive=True)
+    server.stub("flux").suspend()  # one that cannot end by itself, as one stuck on a lock cannot
     triton.kill()
     wait_until(lambda: not any(process.is_running() for process in family), what="stubs and workers to end")
     wait_until(lambda: "tritonserver ended with -9" in server.log, what="the death to be noticed")

@@ -45,6 +45,7 @@ def test_a_signal_ends_everything(tmp_path: Path, number: signal.Signals) -> Non
     assert family
     assert segments(foreground.pid)
     os.killpg(foreground.pid, number)  # as a terminal does: to the whole group
+    foreground.send_signal(number)  # as a wrapper like timeout does, once more
     assert foreground.wait(60) == 0
     assert not [process for process in family if process.is_running()]
     assert not segments(foreground.pid)

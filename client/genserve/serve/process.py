@@ -80,10 +80,8 @@ class TritonProcess:
         for model in index:
             if model.get("state") == "UNAVAILABLE":
                 raise ServeError(_one_line(model.get("reason", "")) or f"model {model['name']} failed to load")
-        if not index or any(model.get("state") != "READY" for model in index):
-            return False
         self._stubs = [child for child in psutil.Process(self.pid).children() if STUB.startswith(child.name())]
-        return True
+        return bool(index) and all(model.get("state") == "READY" for model in index)
 
     def _repository_index(self) -> list[dict[str, str]]:
         """Triton's list of models with their states; empty while it does not listen, as it loads its models first."""
@@ -116,10 +114,11 @@ class TritonProcess:
         try:
             self._process.wait(drain_s)
         except subprocess.TimeoutExpired:
-            family = self._family() or family
+            family |= self._family()
             self._process.kill()
             self._process.wait()
-        # Stubs follow their server and workers follow their stub, by themselves; what is stuck is killed.
+        # Stubs follow their server and workers follow their stub, by themselves; one that is stuck on a lock which its
+        # server held when it was killed does not, and is killed too.
         _, alive = psutil.wait_procs(family, timeout=3.0)
         for process in alive:
             process.kill()
@@ -127,11 +126,13 @@ class TritonProcess:
         for segment in SHM_FOLDER.glob(f"{self._shm_prefix}*"):
             segment.unlink(missing_ok=True)
 
-    def _family(self) -> list[psutil.Process]:
-        try:
-            return psutil.Process(self.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            return []
+    def _family(self) -> set[psutil.Process]:
+        """All processes below tritonserver; of one that has died, its last known stubs and what is below them."""
+        family = set(self._stubs)
+        for pid in (self.pid, *self.stubs):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                family.update(psutil.Process(pid).children(recursive=True))
+        return family
 
 
 def _end_with_parent() -> None:

@@ -26,6 +26,8 @@ LOSS_DRAIN_S = 5.0
 """Seconds that other instances' requests get to finish before the server restarts; those of the dead one never will."""
 MAX_FAILED_STARTS, FAILED_START_PAUSE_S = 5, 5.0
 """A server that was ready once is started again so often in a row before this gives up."""
+SAME_CTRL_C_S = 1.0
+"""A wrapper may pass on the signal that the terminal has sent already: what comes this soon is the same Ctrl-C."""
 
 logger = logging.getLogger("genserve.serve")
 
@@ -45,6 +47,7 @@ class Server:
         self._on_ready = on_ready
         self._state = ServerState.of(options.http_port)
         self._stopping = threading.Event()
+        self._stopping_since = 0.0
 
     def run(self) -> None:
         """Serve until SIGTERM or Ctrl-C.
@@ -60,16 +63,19 @@ class Server:
         self._state.create()
         self._clean()
         self._state.write(self._options, ready=False)
+        failure = None
         try:
             render(self._options, self._state.repository)  # a wrong path should not cost a download first
             self._serve(find_triton())
         except ServeError as error:
-            self._state.write(self._options, ready=False, error=str(error))
+            failure = str(error)
             raise
-        else:
-            self._state.remove()
         finally:
             self._clean()
+            if failure:
+                self._state.write(self._options, ready=False, error=failure)
+            else:
+                self._state.remove()
 
     def _serve(self, triton: Triton) -> None:
         log(logger, logging.INFO, "starting", triton=triton.source, repository=self._options.repository)
@@ -133,10 +139,13 @@ class Server:
             board.unlink(missing_ok=True)
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
-        if self._stopping.is_set() and number == signal.SIGINT:
+        now = time.monotonic()
+        if not self._stopping.is_set():
+            log(logger, logging.INFO, "stopping", signal=signal.Signals(number).name)
+            self._stopping_since = now
+            self._stopping.set()
+        elif number == signal.SIGINT and now - self._stopping_since > SAME_CTRL_C_S:
             raise KeyboardInterrupt  # a second Ctrl-C does not wait for requests in flight
-        log(logger, logging.INFO, "stopping", signal=signal.Signals(number).name)
-        self._stopping.set()
 
 
 def _require_none(state: ServerState) -> None:
