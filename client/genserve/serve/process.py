@@ -86,10 +86,10 @@ class TritonProcess:
     def _repository_index(self) -> list[dict[str, str]]:
         """Triton's list of models with their states; empty while it does not listen, as it loads its models first."""
         try:
-            answer = urllib3.request(
-                "POST", f"{self._options.addresses['http']}/v2/repository/index", timeout=5.0, retries=False
-            )
-            return list(answer.json()) if answer.status == HTTPStatus.OK else []
+            # Closed at once: Triton waits for open connections when it is told to stop.
+            with urllib3.PoolManager(retries=False, timeout=5.0) as http:
+                answer = http.request("POST", f"{self._options.addresses['http']}/v2/repository/index")
+                return list(answer.json()) if answer.status == HTTPStatus.OK else []
         except (urllib3.exceptions.HTTPError, ValueError):
             return []
 
