@@ -27,6 +27,8 @@ from genserve.types import GeneratedImage, ModelStatus, RankedDocument, ServerSt
 DEFAULT_URL = "localhost:8001"
 DEFAULT_TIMEOUT_S = 600.0
 """More than the server lets a request wait and run; never for ever, which is tritonclient's default over gRPC."""
+TASKS_TIMEOUT_S = 10.0
+"""For `tasks`, which answers at once where it answers at all."""
 RETRY_PAUSE_S = 0.25
 
 T = TypeVar("T")
@@ -243,7 +245,7 @@ def _status(server: Transport) -> ServerStatus:
     except GenServeError:
         return ServerStatus(server.url, live=False, ready=False, version="", models=(), tasks=())
     try:
-        tasks = task_answer(server.infer(tasks_call("list"), DEFAULT_TIMEOUT_S))
+        tasks = task_answer(server.infer(tasks_call("list"), TASKS_TIMEOUT_S))
     except GenServeError:
         tasks = []  # a repository without `tasks`, or one that is still loading
     return ServerStatus(
