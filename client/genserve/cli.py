@@ -213,7 +213,7 @@ def serve(
         options = replace(options, repository=repository.absolute())
     try:
         if detach:
-            state = start_detached([word for word in sys.argv[2:] if word != "--detach"], options.http_port)
+            state = start_detached([word for word in sys.argv[2:] if word != "--detach"], options)
             _print_addresses({**options.addresses, "log": str(state.log)}, as_json=as_json)
         else:
             Server(options, on_ready=lambda: _print_addresses(options.addresses, as_json=as_json)).run()

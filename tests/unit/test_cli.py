@@ -403,7 +403,7 @@ def test_a_second_detached_server_does_not_forget_the_first(running: ServerState
     running.log.write_text("the first one's log")
     record = running.read()
     with pytest.raises(ServeError, match="a server runs on HTTP port"):
-        start_detached(["--http-port", str(running.http_port)], running.http_port)
+        start_detached(["--http-port", str(running.http_port)], ServeOptions(http_port=running.http_port))
     assert running.read() == record
     assert running.log.read_text() == "the first one's log"
 

@@ -7,9 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 
 from genserve.serve.options import ServeError, ServeOptions
@@ -157,14 +159,21 @@ def _require_none(state: ServerState) -> None:
         )
 
 
-def start_detached(arguments: list[str], http_port: int) -> ServerState:
+def start_detached(arguments: list[str], options: ServeOptions) -> ServerState:
     """Start ``genserve serve ARGUMENTS`` in the background and wait until it is ready.
+
+    Args:
+        arguments: The command line, as it makes `options`.
+        options: What is looked at before, so that its errors, and the news of a first fetch, come at once.
 
     Raises:
         ServeError: It did not get ready.
     """
-    state = ServerState.of(http_port)
+    state = ServerState.of(options.http_port)
     _require_none(state)
+    with tempfile.TemporaryDirectory() as folder:
+        render(options, Path(folder) / "repository")
+    find_triton()
     state.create()
     state.remove()
     with state.log.open("wb") as output:
