@@ -171,6 +171,7 @@ def start_detached(arguments: list[str], options: ServeOptions) -> ServerState:
     """
     state = ServerState.of(options.http_port)
     _require_none(state)
+    check_ports(options)
     with tempfile.TemporaryDirectory() as folder:
         render(options, Path(folder) / "repository")
     find_triton()
