@@ -40,22 +40,21 @@ def test_three_hundred_at_once_are_all_answered(server: Server, client: Client) 
 
 
 def test_a_full_queue_refuses_at_once(grpc_client: Client) -> None:
-    refused_after = []
+    refused_while_busy = []
     with ThreadPoolExecutor(301) as pool:
         long = pool.submit(grpc_client.generate, "holds the instance", **LONG)
         time.sleep(0.5)
 
         def ask(seed: int) -> str:
-            started = time.monotonic()
             result = outcome(grpc_client, seed)
             if result == QueueFull.__name__:
-                refused_after.append(time.monotonic() - started)
+                refused_while_busy.append(not long.done())
             return result
 
         outcomes = Counter(pool.map(ask, range(300)))
         long.result(120)
     assert outcomes[QueueFull.__name__] >= 100
-    assert sorted(refused_after)[len(refused_after) // 2] < 2.0
+    assert all(refused_while_busy)
 
 
 def test_high_priority_overtakes(server: Server) -> None:
