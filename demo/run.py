@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from genserve import Client
+from genserve.serve.ports import free_ports
 
 OUT = Path(__file__).parent / "out"
 GENSERVE = Path(sys.executable).parent / "genserve"
@@ -35,15 +35,6 @@ QUESTIONS = {
     "How do plants get their energy?": 6,
 }
 """Each question with the index of the document that answers it."""
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nothing listens on."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def genserve(*arguments: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import IO, TypeAlias
 
 from genserve.serve.options import ServeError
+from genserve.serve.ports import free_ports
 
 Process: TypeAlias = "subprocess.Popen[bytes]"
 RETRY_S = 0.2
@@ -35,7 +35,7 @@ def own_server(models: tuple[str, ...], *, log: Path) -> Iterator[Addresses]:
     Raises:
         ServeError: It did not get ready.
     """
-    http_port, grpc_port, metrics_port = _free_ports(3)
+    http_port, grpc_port, metrics_port = free_ports(3)
     command = ["serve", "--detach", "--http-port", str(http_port), "--grpc-port", str(grpc_port)]
     command += ["--metrics-port", str(metrics_port), *(word for model in models for word in ("--model", model))]
     with tempfile.TemporaryDirectory(prefix="genserve-perf-") as state:
@@ -79,11 +79,3 @@ def _stop(http_port: int, state: str, starter: Process) -> None:
         if nothing_follows:
             break
         time.sleep(RETRY_S)
-
-
-def _free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports

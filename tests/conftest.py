@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,18 +16,11 @@ import psutil
 import pytest
 
 from genserve import Client, GenServeError
+from genserve.serve.ports import free_ports
 
 ROOT = Path(__file__).parents[1]
 GENSERVE = str(Path(sys.executable).parent / "genserve")
 PROTOCOLS = ("grpc", "http")
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def wait_until(condition: Callable[[], Any], *, timeout_s: float = 60.0, what: str) -> Any:

@@ -16,7 +16,8 @@ import pytest
 
 from genserve.serve import process, triton, wheels
 from genserve.serve.options import ServeError, ServeOptions
-from genserve.serve.process import check_ports, clear_abandoned_segments
+from genserve.serve.ports import check_ports
+from genserve.serve.process import clear_abandoned_segments
 from genserve.serve.triton import STUB, Triton, embedded_triton, find_libpython, find_triton
 from genserve.serve.wheels import STUB_NUMPY, TRITON, check_platform, fetch
 from genserve_backend.worker.link import WORKER_PATH_ENV

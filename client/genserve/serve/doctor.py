@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 from genserve.serve.options import ServeError, ServeOptions, cache_folder, make_folder, state_folder
-from genserve.serve.process import SHM_FOLDER, check_ports
+from genserve.serve.ports import check_ports
+from genserve.serve.process import SHM_FOLDER
 from genserve.serve.repository import CHECKPOINTS, render
 from genserve.serve.state import ServerState
 from genserve.serve.triton import find_libpython, platform_version

@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import uuid
 from http import HTTPStatus
@@ -17,6 +16,7 @@ import psutil
 import urllib3
 
 from genserve.serve.options import ServeError, ServeOptions
+from genserve.serve.ports import check_ports
 from genserve.serve.triton import STUB, Triton
 from genserve_backend.board import BOARD_ENV
 
@@ -149,23 +149,6 @@ def _one_line(reason: str) -> str:
     """Triton's reason for a model that failed: the innermost message, without its layers' names and the traceback."""
     line = " ".join(reason.partition("\n\nAt:\n")[0].split())
     return line.rpartition("TritonModelException: ")[2]
-
-
-def check_ports(options: ServeOptions) -> None:
-    """Raise ServeError when the address cannot be bound, naming the flag that changes the port."""
-    flags = ("--http-port", "--grpc-port", "--metrics-port")
-    if len(set(options.ports)) < len(options.ports):
-        raise ServeError(f"HTTP, gRPC and metrics need three different ports, not {options.ports} (see {flags[0]})")
-    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    for port, flag in zip(options.ports, flags, strict=True):
-        with socket.socket(family, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((options.host, port))
-            except OSError as error:
-                raise ServeError(
-                    f"port {port} on {options.host}: {error.strerror} (choose another with {flag})"
-                ) from None
 
 
 def clear_abandoned_segments() -> None:

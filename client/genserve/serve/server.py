@@ -15,7 +15,8 @@ from pathlib import Path
 from types import FrameType
 
 from genserve.serve.options import ServeError, ServeOptions
-from genserve.serve.process import POLL_S, TritonProcess, check_ports
+from genserve.serve.ports import check_ports
+from genserve.serve.process import POLL_S, TritonProcess
 from genserve.serve.repository import render
 from genserve.serve.state import ServerState
 from genserve.serve.triton import Triton, find_triton
