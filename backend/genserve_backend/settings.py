@@ -7,11 +7,12 @@ A value comes from the environment variable named at its field, else from ``para
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -40,6 +41,8 @@ class ModelSettings(BaseModel):
     """CPU threads of one worker; 0 leaves the choice to torch."""
     start_timeout_s: float = Field(default=900.0, gt=0)
     """Seconds that a worker may take to load its model."""
+    hang_timeout_s: Annotated[float, Env("HANG_TIMEOUT")] = Field(default=300.0, ge=2.0, le=86_400)
+    """Seconds without a sign of life after which a worker is replaced; longer than its longest single step."""
     task_timeout_s: Annotated[float, Env("TASK_TIMEOUT")] = Field(default=240.0, gt=0, le=86_400)
     """Seconds after which a request that runs is given up."""
 
@@ -51,8 +54,30 @@ class FluxSettings(ModelSettings):
     """A FLUX checkpoint folder in diffusers format."""
     max_pixels: Annotated[int, Env("MAX_PIXELS")] = Field(default=2048 * 2048, ge=64 * 64, le=2**28)
     """The pixel budget: HEIGHT times WIDTH may not exceed it."""
-    max_gpu_queue_size: Annotated[int, Env("MAX_GPU_QUEUE_SIZE")] = Field(default=0, ge=0, le=1000)
-    """Images that an instance holds ready beyond the one that runs. What it holds no longer waits by priority."""
+    max_running: Annotated[int, Env("FLUX_MAX_RUNNING")] = Field(default=16, ge=1, le=1024)
+    """Images that an instance denoises at a time."""
+    max_batched_tokens: Annotated[int, Env("FLUX_MAX_BATCHED_TOKENS")] = Field(default=8192, ge=16)
+    """Image tokens of all images that an instance denoises at a time, and so of a forward; a token is 16 x 16 pixels,
+    and a true-CFG image counts twice. One image alone may exceed it."""
+    max_gpu_queue_size: Annotated[int, Env("MAX_GPU_QUEUE_SIZE")] = Field(default=4, ge=0, le=1000)
+    """Requests that an instance holds beyond those, so that an urgent one can take another one's place."""
+    max_padding: float = Field(default=0.25, ge=0, le=10)
+    """Padding tokens for one that is needed, where images of different sizes share a forward; 0 keeps sizes apart."""
+    prompt_cache_bytes: int = Field(default=256 * 2**20, ge=0)
+    """Device memory for the embeddings of the last prompts."""
+    save_test_images: Annotated[Path | None, Env("SAVE_TEST_IMAGES")] = None
+    """A folder that keeps a copy of every image, named by task id; `true` takes one in the temporary folder."""
+
+    @field_validator("save_test_images", mode="before")
+    @classmethod
+    def _folder(cls, value: object) -> object:
+        if isinstance(value, str) and value.lower() in ("", "0", "false", "no", "off"):
+            return None
+        if isinstance(value, str) and value.lower() in ("1", "true", "yes", "on"):
+            return Path(tempfile.gettempdir()) / "genserve-images"
+        if not Path(str(value)).is_absolute():
+            raise ValueError("give true, false or an absolute path")
+        return value
 
 
 class RerankSettings(ModelSettings):

@@ -92,6 +92,7 @@ class GrpcTransport:
                 outputs=[triton_grpc.InferRequestedOutput(name) for name in call.outputs],
                 request_id=call.request_id,
                 priority=call.priority,
+                parameters=_parameters(call),
                 timeout=call.queue_timeout_us,
                 client_timeout=timeout_s,
             )
@@ -147,6 +148,7 @@ class HttpTransport:
             outputs=[triton_http.InferRequestedOutput(name, binary_data=True) for name in call.outputs],
             request_id=call.request_id,
             priority=call.priority,
+            parameters=_parameters(call),
             timeout=call.queue_timeout_us,
         )
         headers = {} if header_length is None else {HEADER_LENGTH: str(header_length)}
@@ -211,6 +213,11 @@ def _input(kind: Any, name: str, array: Any) -> Any:
     tensor = kind(name, list(array.shape), DTYPES[name])
     tensor.set_data_from_numpy(array)
     return tensor
+
+
+def _parameters(call: Call) -> dict[str, int]:
+    """Triton orders its queue by the priority but does not tell the model: the engine hears of it by a parameter."""
+    return {"priority_level": call.priority}
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from transformers import (
 
 from genserve_backend.checkpoints import CheckpointError
 from genserve_backend.errors import Cancelled
-from genserve_backend.rerank.handler import build
+from genserve_backend.rerank.handler import load
 from genserve_backend.rerank.request import RerankRequest, RerankResult
 from genserve_backend.settings import RerankSettings
 from genserve_backend.worker.engine import Job
@@ -134,7 +134,7 @@ def rerank(
         max_length=max_length,
     )
     request = RerankRequest(query, documents, instruction)
-    result: RerankResult = build(settings, "cpu")(request, new_job(request, events))
+    result: RerankResult = load(settings, "cpu")(request, new_job(request, events))
     return result
 
 
@@ -234,7 +234,7 @@ def test_progress_counts_documents(name: str, folders: dict[str, Path]) -> None:
 
 
 def test_a_cancelled_job_stops(folders: dict[str, Path]) -> None:
-    handler = build(RerankSettings(model_path=folders["cross-encoder"]), "cpu")
+    handler = load(RerankSettings(model_path=folders["cross-encoder"]), "cpu")
     request = RerankRequest(QUERY, DOCUMENTS, None)
     job = new_job(request)
     job.cancelled = True

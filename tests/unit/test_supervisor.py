@@ -70,8 +70,8 @@ Submit = Callable[..., Recorder]
 
 
 def make(factory: str = "build_scripted", *, slots: int = SLOTS, **settings: Any) -> Supervisor:
-    values = FluxSettings(model_path=Path("/nowhere"), threads=1, **settings)
-    return Supervisor(Start(f"worker_handlers:{factory}", values, "cpu", "flux_0"), slots=slots)
+    values = FluxSettings(model_path=Path("/nowhere"), threads=1, max_running=slots, **settings)
+    return Supervisor(Start(f"worker_handlers:{factory}", values, "cpu", "flux_0"))
 
 
 def submitter(supervisor: Supervisor, recorders: list[Recorder]) -> Submit:
@@ -300,6 +300,27 @@ def test_a_worker_that_cannot_come_back_fails_what_waits_until_it_can(
     assert submit("echo", "back").outcome() == "back"
 
 
+def test_a_worker_that_gives_no_sign_of_life_is_replaced(gate: Path) -> None:
+    supervisor = make(hang_timeout_s=2.0)
+    supervisor.start()
+    try:
+        submit = submitter(supervisor, [])
+        hung = psutil.Process(supervisor.worker_pid)
+        running = submit("hold", str(gate))
+        assert running.running.wait(PATIENCE_S)
+        time.sleep(2.5)  # longer than the timeout, but the worker gets on
+        assert supervisor.worker_pid == hung.pid
+        hung.suspend()
+        queued = submit("echo", "queued")
+        gate.touch()
+        assert running.outcome() == "held"
+        assert queued.outcome() == "queued"
+        assert supervisor.worker_pid != hung.pid
+        assert is_gone(hung.pid)
+    finally:
+        supervisor.close()
+
+
 def test_close_ends_the_worker_and_answers_what_is_in_flight(gate: Path) -> None:
     supervisor = make(slots=1)
     supervisor.start()
@@ -349,7 +370,7 @@ from genserve_backend.worker.supervisor import Supervisor
 
 settings = FluxSettings(model_path=Path("/nowhere"), threads=1)
 start = Start("worker_handlers:build_scripted", settings, "cpu", "flux_0")
-supervisors = [Supervisor(start, slots=1) for _ in range(2)]
+supervisors = [Supervisor(start) for _ in range(2)]
 with ThreadPoolExecutor() as pool:
     list(pool.map(Supervisor.start, supervisors))
 print(*[supervisor.worker_pid for supervisor in supervisors], flush=True)

@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 
 from genserve_backend.errors import Cancelled, DeadlineExceeded, InvalidInput, OutOfMemory, RequestError, ServerError
+from genserve_backend.worker import engine as engine_module
 from genserve_backend.worker.engine import Handler, Job, SerialEngine
-from genserve_backend.worker.messages import Done, Event, Failed, Progress, Submit
+from genserve_backend.worker.messages import Beat, Done, Event, Failed, Grant, Progress, Submit
+
+SLOTS = 3
 
 
 class Running:
@@ -19,8 +22,18 @@ class Running:
 
     def __init__(self, handle: Handler) -> None:
         self._events: SimpleQueue[Event] = SimpleQueue()
-        self.engine = SerialEngine(handle, self._events.put)
+        self.granted = 0
+        self.beats = 0
+        self.engine = SerialEngine(handle, self._hear, slots=SLOTS)
         threading.Thread(target=self.engine.run, daemon=True).start()
+
+    def _hear(self, event: Event) -> None:
+        if isinstance(event, Grant):
+            self.granted += event.count
+        elif isinstance(event, Beat):
+            self.beats += 1
+        else:
+            self._events.put(event)
 
     def submit(self, job: int, request: Any = None, *, within_s: float = 60.0) -> None:
         self.engine.submit(Submit(job, f"task-{job}", request, time.monotonic() + within_s))
@@ -84,6 +97,51 @@ def test_one_job_at_a_time(gate: threading.Event, started: threading.Event) -> N
     gate.set()
     assert running.event() == Done(0, None)
     assert running.event() == Done(1, None)
+
+
+def test_an_ended_job_makes_room_for_another(gate: threading.Event, started: threading.Event) -> None:
+    running = Running(gated(gate, started))
+    running.submit(0)
+    running.submit(1)
+    assert started.wait(10)
+    assert running.granted == SLOTS
+    gate.set()
+    running.event()
+    running.event()
+    running.submit(2)
+    running.event()
+    assert running.granted in (SLOTS + 2, SLOTS + 3)  # the last one's grant may be on its way
+
+
+def test_an_engine_beats_idle_and_while_its_handler_gets_on(
+    gate: threading.Event, started: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "BEAT_S", 0.02)
+    running = Running(gated(gate, started))
+    time.sleep(0.3)
+    idle = running.beats
+    assert idle > 2
+    running.submit(0)
+    assert started.wait(10)
+    time.sleep(0.3)
+    assert running.beats > idle + 2
+
+
+def test_an_engine_whose_handler_hangs_does_not_beat(started: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "BEAT_S", 0.02)
+    end = threading.Event()
+
+    def hang(request: Any, job: Job) -> None:
+        started.set()
+        end.wait(10)
+
+    running = Running(hang)
+    running.submit(0)
+    assert started.wait(10)
+    beats = running.beats
+    time.sleep(0.3)
+    assert running.beats == beats
+    end.set()
 
 
 def test_progress_names_its_job() -> None:

@@ -10,27 +10,27 @@ from typing import Any
 
 from genserve_backend.checkpoints import CheckpointError
 from genserve_backend.errors import InvalidInput
-from genserve_backend.settings import ModelSettings
-from genserve_backend.worker.engine import Job
+from genserve_backend.settings import FluxSettings
+from genserve_backend.worker.engine import Emit, Job, SerialEngine
 
 BROKEN_ENV = "WORKER_HANDLERS_BROKEN"
 
 
-def build_scripted(_settings: ModelSettings, device: str) -> Scripted:
+def build_scripted(settings: FluxSettings, device: str, emit: Emit) -> SerialEngine:
     if os.environ.get(BROKEN_ENV):
         raise CheckpointError(os.environ[BROKEN_ENV])
-    return Scripted(device)
+    return SerialEngine(Scripted(device), emit, slots=settings.max_running)
 
 
-def build_without_checkpoint(settings: ModelSettings, _device: str) -> Scripted:
+def build_without_checkpoint(settings: FluxSettings, _device: str, _emit: Emit) -> SerialEngine:
     raise CheckpointError(f"no checkpoint folder at {settings.model_path} (set FLUX_MODEL_PATH)")
 
 
-def build_broken(_settings: ModelSettings, _device: str) -> Scripted:
+def build_broken(_settings: FluxSettings, _device: str, _emit: Emit) -> SerialEngine:
     raise ValueError("first line\nsecond line")
 
 
-def build_crashing(_settings: ModelSettings, _device: str) -> Scripted:
+def build_crashing(_settings: FluxSettings, _device: str, _emit: Emit) -> SerialEngine:
     die()
     raise AssertionError
 

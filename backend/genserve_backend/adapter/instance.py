@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 import triton_python_backend_utils as pb_utils
 
 from genserve_backend import logs
+from genserve_backend.adapter.metrics import Metrics
 from genserve_backend.adapter.reply import Reply, Row
 from genserve_backend.adapter.tensors import Values
 from genserve_backend.board import Board
@@ -23,11 +24,13 @@ from genserve_backend.checkpoints import CheckpointError
 from genserve_backend.errors import Cancelled, InvalidInput, RequestError, ServerError
 from genserve_backend.logs import log
 from genserve_backend.settings import ModelSettings, SettingsError, load
-from genserve_backend.worker.messages import Start
+from genserve_backend.worker.messages import DEFAULT_LEVEL, LEVELS, Start
 from genserve_backend.worker.supervisor import Supervisor, WorkerStartError
 
 MAX_TASK_ID_CHARACTERS = 256
 BOARD_POLL_S = 0.1
+LEVEL_PARAMETER = "priority_level"
+"""The request parameter for a request's urgency inside the engine, 1 to 3."""
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +78,6 @@ class Instance(Generic[SettingsT, CheckpointT]):
         settings: The model's settings class.
         read: Reads its checkpoint.
         engine: ``module:factory`` of what the worker runs.
-        slots: How many requests the instance takes at a time.
 
     Raises:
         pb_utils.TritonModelException: The model cannot be loaded; one line says why.
@@ -88,7 +90,6 @@ class Instance(Generic[SettingsT, CheckpointT]):
         settings: type[SettingsT],
         read: Callable[[Path], CheckpointT],
         engine: str,
-        slots: Callable[[SettingsT], int],
     ) -> None:
         logs.configure()
         self.place = Place.of(args)
@@ -98,7 +99,8 @@ class Instance(Generic[SettingsT, CheckpointT]):
             self._board = Board()
             self._board.start_instance(self.place.instance)
             start = Start(engine, self.settings, self.place.device, self.place.instance)
-            self._supervisor = Supervisor(start, slots=slots(self.settings))
+            self.metrics = Metrics(self.place.model, self.place.instance)
+            self._supervisor = Supervisor(start, self.metrics)
             self._supervisor.start()
         except (SettingsError, CheckpointError, WorkerStartError) as error:
             raise pb_utils.TritonModelException(f"{self.place.model}: {error}") from None
@@ -122,6 +124,7 @@ class Instance(Generic[SettingsT, CheckpointT]):
         reply = Reply(request, build)
         request_id = request.request_id()
         try:
+            level = _level(request.parameters())
             rows = read(request)
             ids = [_task_id(values, request_id, row, len(rows)) for row, (values, _) in enumerate(rows)]
         except RequestError as error:
@@ -142,7 +145,7 @@ class Instance(Generic[SettingsT, CheckpointT]):
                 logger.exception("board could not be written", extra={"fields": {"task_id": task_id}})
                 reply.fail(ServerError("the board could not be written; see the server's log"))
                 return
-            self._supervisor.submit(task, engine_request, deadline=deadline)
+            self._supervisor.submit(task, engine_request, deadline=deadline, level=level)
 
     def wait_for_slot(self) -> None:
         """Block while the instance is full, so that Triton's queue keeps what waits, by its priorities."""
@@ -205,6 +208,7 @@ class RowTask:
     def _end(self, state: str, error: str | None = None) -> None:
         """Log the end and show it on the board; a board that cannot be written costs nobody the answer."""
         place = self._instance.place
+        self._instance.metrics.ended(state)
         log(
             logger,
             logging.INFO,
@@ -219,6 +223,14 @@ class RowTask:
             self._instance.board.finish(self._key, state, error)
         except sqlite3.Error:
             logger.exception("board could not be written", extra={"fields": {"task_id": self.task_id}})
+
+
+def _level(parameters: str) -> int:
+    """The priority level that a request names for the engine: Triton does not tell a model the one it queued it by."""
+    value = json.loads(parameters or "{}").get(LEVEL_PARAMETER, DEFAULT_LEVEL)
+    if value not in LEVELS:
+        raise InvalidInput.of(LEVEL_PARAMETER, value, f"{LEVELS[0]} to {LEVELS[-1]}")
+    return int(value)
 
 
 def _task_id(values: Values, request_id: str, row: int, rows: int) -> str:

@@ -31,7 +31,7 @@ CODES = {
 
 By name, as Triton completes its module only after it has imported the model.
 """
-CANCEL_POLL_S = 0.05
+CANCEL_POLL_S = 0.2
 """Asking Triton whether a caller has gone costs a message between processes, so one answer serves all rows."""
 
 

@@ -16,6 +16,8 @@ EXIF_IMAGE_DESCRIPTION = 0x010E  # the EXIF tag that viewers show
 MAX_EXIF_BYTES = 60_000
 """A JPEG segment holds at most 65,533 bytes."""
 QUALITY = 95
+PNG_LEVEL = 4
+"""zlib's; its default of 6 takes 2.5 times as long for files that are 5 % smaller."""
 
 
 def encode(image: Image.Image, request: FluxRequest, settings: dict[str, Any]) -> bytes:
@@ -29,7 +31,7 @@ def encode(image: Image.Image, request: FluxRequest, settings: dict[str, Any]) -
     if request.format == "png":
         info = PngInfo()
         info.add_itxt(PNG_KEY, text)
-        image.save(buffer, "PNG", pnginfo=info)
+        image.save(buffer, "PNG", pnginfo=info, compress_level=PNG_LEVEL)
         return buffer.getvalue()
     exif = Image.Exif()
     # Two prompts of the greatest length do not fit; the numbers always do.

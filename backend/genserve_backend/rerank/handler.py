@@ -17,12 +17,17 @@ from genserve_backend.rerank.request import RerankRequest, RerankResult
 from genserve_backend.rerank.scorers import load_scorer
 from genserve_backend.rerank.scorers.base import Encoded, Scorer
 from genserve_backend.settings import RerankSettings
-from genserve_backend.worker.engine import Handler, Job
+from genserve_backend.worker.engine import Emit, Engine, Job, SerialEngine
 
 logger = logging.getLogger(__name__)
 
 
-def build(settings: RerankSettings, device: str) -> Handler:
+def build(settings: RerankSettings, device: str, emit: Emit) -> Engine:
+    """The engine that a worker runs. Raises as `load` does."""
+    return SerialEngine(load(settings, device), emit, slots=settings.max_waiting_requests)
+
+
+def load(settings: RerankSettings, device: str) -> RerankHandler:
     """Load the reranker that `settings` names onto `device` ("cpu", "cuda:0").
 
     Raises:

@@ -6,11 +6,16 @@ and nothing that a client sent is unpickled (a request travels as plain strings 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from genserve_backend.errors import RequestError
 from genserve_backend.settings import ModelSettings
+
+LEVELS = (1, 2, 3)
+DEFAULT_LEVEL = 2
+"""Priority levels as Triton counts them, and the one that a request has which names none."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,7 @@ class Start:
     """First word to a worker: which engine to build, with what, and where."""
 
     engine: str
-    """``package.module:factory``; the factory takes (settings, device) and returns a `worker.engine.Handler`."""
+    """``package.module:factory``; the factory takes (settings, device, emit) and returns a `worker.engine.Engine`."""
     settings: ModelSettings
     device: str
     instance: str
@@ -33,6 +38,8 @@ class Submit:
     request: Any
     deadline: float
     """On the clock of time.monotonic(), which all processes of a machine share on Linux."""
+    level: int = DEFAULT_LEVEL
+    """Triton's priority level: 1 is the most urgent."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,25 @@ class NotReady:
     """The worker cannot load its model, and has exited."""
 
     reason: str
+
+
+@dataclass(frozen=True)
+class Grant:
+    """The engine can take so many requests more than it has been given and has asked for already."""
+
+    count: int
+
+
+@dataclass(frozen=True)
+class Beat:
+    """The thread that owns the device gets on; with it goes what an operator wants to count."""
+
+    gauges: Mapping[str, float] = field(default_factory=dict)
+    """Values as they are now, by metric name."""
+    counts: Mapping[str, float] = field(default_factory=dict)
+    """What has been added since the last beat, by metric name."""
+    batch_sizes: tuple[int, ...] = ()
+    """Of the forwards since the last beat."""
 
 
 @dataclass(frozen=True)
@@ -81,4 +107,4 @@ class Failed:
     error: RequestError
 
 
-Event = Ready | NotReady | Progress | Done | Failed
+Event = Ready | NotReady | Grant | Beat | Progress | Done | Failed

@@ -18,7 +18,7 @@ from multiprocessing.connection import Connection
 from genserve_backend import logs
 from genserve_backend.checkpoints import CheckpointError
 from genserve_backend.settings import ModelSettings
-from genserve_backend.worker.engine import Handler, SerialEngine
+from genserve_backend.worker.engine import Emit, Engine
 from genserve_backend.worker.messages import Cancel, Event, NotReady, Ready, Start, Submit
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -36,7 +36,7 @@ def die_with_parent(parent_pid: int) -> None:
         os._exit(0)
 
 
-def load_handler(start: Start) -> Handler:
+def load_engine(start: Start, emit: Emit) -> Engine:
     """Import torch, set the process up for its device, and load the model."""
     import torch  # here and not above: a worker whose start message is wrong should say so at once
 
@@ -45,8 +45,8 @@ def load_handler(start: Start) -> Handler:
     if start.device.startswith("cuda"):
         torch.cuda.set_device(start.device)
     module, _, factory = start.engine.partition(":")
-    build: Callable[[ModelSettings, str], Handler] = getattr(importlib.import_module(module), factory)
-    return build(start.settings, start.device)
+    build: Callable[[ModelSettings, str, Emit], Engine] = getattr(importlib.import_module(module), factory)
+    return build(start.settings, start.device, emit)
 
 
 def main(fd: int, parent_pid: int) -> None:
@@ -57,24 +57,22 @@ def main(fd: int, parent_pid: int) -> None:
     logs.configure()
     connection = Connection(fd)
     start = connection.recv()
-    try:
-        handler = load_handler(start)
-    except CheckpointError as error:
-        connection.send(NotReady(str(error)))
-        raise SystemExit(1) from None
-    except Exception as error:
-        logger.exception("model failed to load", extra={"fields": {"instance": start.instance}})
-        reason = str(error).strip().partition("\n")[0]
-        connection.send(NotReady(f"{type(error).__name__}: {reason}"))
-        raise SystemExit(1) from None
-
     emit_lock = threading.Lock()
 
     def emit(event: Event) -> None:
         with emit_lock:
             connection.send(event)
 
-    engine = SerialEngine(handler, emit)
+    try:
+        engine = load_engine(start, emit)
+    except CheckpointError as error:
+        emit(NotReady(str(error)))
+        raise SystemExit(1) from None
+    except Exception as error:
+        logger.exception("model failed to load", extra={"fields": {"instance": start.instance}})
+        reason = str(error).strip().partition("\n")[0]
+        emit(NotReady(f"{type(error).__name__}: {reason}"))
+        raise SystemExit(1) from None
 
     def listen() -> None:
         try:

@@ -1,4 +1,4 @@
-"""Gives an instance's worker its requests, and replaces it when it dies.
+"""Gives an instance's worker its requests, and replaces it when it dies or gives no sign of life.
 
 What was in flight when a worker died runs again, one request at a time, so that a request which kills workers is
 alone when it does so the second time: it then gets ServerError, and its neighbours notice no more than a delay.
@@ -16,7 +16,20 @@ from typing import Any, Protocol
 from genserve_backend.errors import Cancelled, DeadlineExceeded, RequestError, ServerError
 from genserve_backend.logs import log
 from genserve_backend.worker.link import WorkerGone, WorkerLink
-from genserve_backend.worker.messages import Cancel, Done, Event, Failed, NotReady, Progress, Ready, Start, Submit
+from genserve_backend.worker.messages import (
+    DEFAULT_LEVEL,
+    Beat,
+    Cancel,
+    Done,
+    Event,
+    Failed,
+    Grant,
+    NotReady,
+    Progress,
+    Ready,
+    Start,
+    Submit,
+)
 
 POLL_S = 0.05
 """How often cancellations and deadlines are looked at."""
@@ -56,6 +69,26 @@ class Task(Protocol):
         """The request failed."""
 
 
+class Monitor(Protocol):
+    """Who counts what an instance does. The supervisor's thread calls it."""
+
+    def on_beat(self, beat: Beat) -> None:
+        """The worker lives."""
+
+    def on_restart(self) -> None:
+        """A worker that had been ready is gone, and another one is about to start."""
+
+
+class NoMonitor:
+    """Counts nothing."""
+
+    def on_beat(self, beat: Beat) -> None:
+        """Nothing."""
+
+    def on_restart(self) -> None:
+        """Nothing."""
+
+
 @dataclass(eq=False)
 class _Entry:
     """A request that was taken and not yet answered."""
@@ -64,6 +97,7 @@ class _Entry:
     task: Task
     request: Any
     deadline: float
+    level: int
     deaths: int = 0
     cancel_sent: bool = False
 
@@ -76,21 +110,23 @@ class Supervisor:
 
     Args:
         start: What every worker of this instance is told first.
-        slots: Requests that the instance takes at a time.
+        monitor: Counts what happens.
     """
 
-    def __init__(self, start: Start, *, slots: int) -> None:
+    def __init__(self, start: Start, monitor: Monitor | None = None) -> None:
         self._start = start
-        self._slots = slots
+        self._monitor = monitor or NoMonitor()
         self._changed = threading.Condition()  # guards everything below
         self._queue: deque[_Entry] = deque()
         self._sent: dict[int, _Entry] = {}
         self._jobs = 0
+        self._granted = 0  # requests that the worker has asked for and not been given
         self._link: WorkerLink | None = None
         self._ready = False
         self._was_ready = False
         self._start_error: str | None = None
         self._closing = False
+        self._callers_seen = 0.0
         self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
 
     def start(self) -> None:
@@ -105,10 +141,10 @@ class Supervisor:
             if self._start_error:
                 raise WorkerStartError(self._start_error)
 
-    def submit(self, task: Task, request: Any, *, deadline: float) -> None:
+    def submit(self, task: Task, request: Any, *, deadline: float, level: int = DEFAULT_LEVEL) -> None:
         """Take a request; its task hears of exactly one end. `deadline` is on the clock of time.monotonic()."""
         with self._changed:
-            entry = _Entry(self._jobs, task, request, deadline)
+            entry = _Entry(self._jobs, task, request, deadline, level)
             self._jobs += 1
             closing = self._closing
             if not closing:
@@ -118,11 +154,9 @@ class Supervisor:
             self._answer(entry, SHUTTING_DOWN)
 
     def wait_for_slot(self) -> None:
-        """Block until the instance can run another request: its worker is up, and a slot is free."""
+        """Block until the instance can run another request: its worker is up, and asks for one."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._closing or (self._ready and len(self._queue) + len(self._sent) < self._slots)
-            )
+            self._changed.wait_for(lambda: self._closing or (self._granted > 0 and not self._queue))
 
     def close(self) -> None:
         """End the worker and the watching thread; what is still in flight is answered with Cancelled."""
@@ -146,6 +180,8 @@ class Supervisor:
             if self._closing:
                 break
             failed_starts = 0 if was_ready else failed_starts + 1
+            if was_ready:
+                self._monitor.on_restart()
             self._sort_out_death(cause, loading=not was_ready)
             if not self._was_ready:
                 break
@@ -164,6 +200,7 @@ class Supervisor:
         reason = self._attend(link)
         with self._changed:
             was_ready, self._ready = self._ready, False
+            self._granted = 0
         ending = link.end()
         return reason or ending, was_ready
 
@@ -176,28 +213,40 @@ class Supervisor:
 
     def _attend(self, link: WorkerLink) -> str:
         """Hear the worker and its callers until it is gone; return the reason, where it gave one."""
+        settings = self._start.settings
         reason = ""
-        load_deadline = time.monotonic() + self._start.settings.start_timeout_s
+        heard = time.monotonic()
         while not self._closing:
             try:
                 event = link.receive(timeout=POLL_S)
             except WorkerGone:
                 break
+            now = time.monotonic()
             if isinstance(event, NotReady):
                 reason = event.reason
             elif event is not None:
+                heard = now
                 self._take(event)
-            elif not self._ready and time.monotonic() > load_deadline:
-                return f"the model was not loaded within {self._start.settings.start_timeout_s:g} s"
-            self._look_after_callers()
+            elif not self._ready and now > heard + settings.start_timeout_s:
+                return f"the model was not loaded within {settings.start_timeout_s:g} s"
+            elif self._ready and now > heard + settings.hang_timeout_s:
+                return f"no sign of life for {settings.hang_timeout_s:g} s"
+            if now >= self._callers_seen + POLL_S:
+                self._callers_seen = now
+                self._look_after_callers()
         return reason
 
     def _take(self, event: Event) -> None:
+        if isinstance(event, Beat):
+            self._monitor.on_beat(event)
+            return
+        entry = None
         with self._changed:
             if isinstance(event, Ready):
                 self._ready = self._was_ready = True
                 self._log(logging.INFO, "worker ready", worker=self.worker_pid)
-                entry = None
+            elif isinstance(event, Grant):
+                self._granted += event.count
             elif isinstance(event, Progress):
                 entry = self._sent.get(event.job)
             elif isinstance(event, (Done, Failed)):
@@ -298,7 +347,8 @@ class Supervisor:
                 return
             entry = self._queue.popleft()
             self._sent[entry.job] = entry
-            self._link.send(Submit(entry.job, entry.task.task_id, entry.request, entry.deadline))
+            self._granted -= 1
+            self._link.send(Submit(entry.job, entry.task.task_id, entry.request, entry.deadline, entry.level))
 
     def _cancel(self, entry: _Entry) -> None:
         if self._link:

@@ -40,8 +40,7 @@ class TritonPythonModel:
             args,
             settings=FluxSettings,
             read=FluxCheckpoint.read,
-            engine="genserve_backend.flux.handler:build",
-            slots=lambda settings: 1 + settings.max_gpu_queue_size,
+            engine="genserve_backend.flux.load:build",
         )
 
     def execute(self, requests: list[Any]) -> None:

@@ -23,7 +23,6 @@ class TritonPythonModel:
             settings=RerankSettings,
             read=RerankCheckpoint.read,
             engine="genserve_backend.rerank.handler:build",
-            slots=lambda settings: settings.max_waiting_requests,
         )
 
     def execute(self, requests: list[Any]) -> None:

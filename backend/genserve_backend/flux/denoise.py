@@ -1,0 +1,171 @@
+"""One denoising step for a batch of images, each at a step of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline
+from torch.nn.utils.rnn import pad_sequence
+
+from genserve_backend.flux.attention import RaggedAttention, rotation_of
+from genserve_backend.flux.image import Image
+
+ROTATIONS_KEPT = 64
+
+
+class Denoiser:
+    """The transformer, for batches that change from step to step.
+
+    Args:
+        pipeline: Has the transformer, whose attention is replaced.
+        max_sequence_length: T5 tokens of each prompt.
+    """
+
+    def __init__(self, pipeline: FluxPipeline, *, max_sequence_length: int) -> None:
+        self._pipeline = pipeline
+        self._transformer = pipeline.transformer
+        self._transformer.set_attn_processor(RaggedAttention())
+        # The transformer works these out from all its weights each time it is asked, which takes milliseconds.
+        self.device: torch.device = self._transformer.device
+        self.dtype: torch.dtype = self._transformer.dtype
+        self._text_length = max_sequence_length
+        self._guidance_embeds = bool(self._transformer.config.guidance_embeds)
+        self._rotation = lru_cache(ROTATIONS_KEPT)(self._make_rotation)
+        self._batch: Batch | None = None
+
+    def noise(self, image: Image) -> torch.Tensor:
+        """The latents that an image starts from, packed ``[tokens, 64]``: FluxPipeline's for the same seed.
+
+        The generator is on the CPU whatever the device, so that a seed means the same noise everywhere.
+        """
+        latents, _ = self._pipeline.prepare_latents(
+            1,
+            self._transformer.config.in_channels // 4,
+            image.request.height,
+            image.request.width,
+            self.dtype,
+            self.device,
+            torch.Generator("cpu").manual_seed(image.request.seed),
+        )
+        packed: torch.Tensor = latents[0]
+        return packed
+
+    def step(self, images: Sequence[Image]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """New latents and the velocity for each image, both ``[tokens, 64]``. The images are left as they are."""
+        batch = self._batch
+        if batch is None or not batch.holds(images):
+            self._batch = None  # before the next one is made, so that they never take memory together
+            batch = Batch(images, self.device, [self._rotation(*size) for size in map(_grid, images)])
+        velocities = self._velocities(batch)
+        latents = batch.advance(velocities)
+        self._batch = batch
+        return batch.cut(latents, velocities)
+
+    def _velocities(self, batch: Batch) -> torch.Tensor:
+        """The transformer's answer for each image, ``[images, tokens, 64]``, guidance included."""
+        rows: torch.Tensor = self._transformer(
+            hidden_states=batch.rows(batch.latents),
+            timestep=batch.rows(batch.timesteps().to(self.dtype) / 1000),
+            guidance=batch.rows(batch.guidance) if self._guidance_embeds else None,
+            pooled_projections=batch.pooled,
+            encoder_hidden_states=batch.text,
+            # One token each: its own rotation is not used, and there is no need to work out more.
+            txt_ids=batch.no_ids,
+            img_ids=batch.no_ids,
+            joint_attention_kwargs={"rotation": batch.rotation, "attention_mask": batch.mask},
+            return_dict=False,
+        )[0]
+        return batch.guide(rows)
+
+    def _make_rotation(self, height: int, width: int) -> torch.Tensor:
+        """Complex64 ``[text + height * width, head / 2]`` for a grid of image tokens."""
+        ids = self._pipeline._prepare_latent_image_ids(1, height, width, self.device, self.dtype)
+        text_ids = torch.zeros(self._text_length, 3, device=self.device, dtype=self.dtype)
+        return rotation_of(*self._transformer.pos_embed(torch.cat((text_ids, ids))))
+
+
+class Batch:
+    """The rows of a forward for some images, kept from step to step while they stay the same.
+
+    First one row an image, then one more for each that takes true classifier-free guidance. Where sizes differ, image
+    tokens are padded at the end and masked.
+    """
+
+    def __init__(self, images: Sequence[Image], device: torch.device, rotations: Sequence[torch.Tensor]) -> None:
+        self._images = list(images)
+        self._steps = [image.step for image in images]
+        self._tokens = [image.tokens for image in images]
+        self._device = device
+        self._guided = [index for index, image in enumerate(images) if image.negative]
+        self._row_image = torch.tensor([*range(len(images)), *self._guided], device=device)
+        embeddings = [image.prompt for image in images] + [image.negative for image in images if image.negative]
+        self.text = torch.stack([embedding.tokens for embedding in embeddings])
+        self.pooled = torch.stack([embedding.pooled for embedding in embeddings])
+        self.guidance = self._column([image.request.guidance for image in images])
+        self._true_cfg = self._column([images[index].request.true_cfg_scale for index in self._guided])
+        self.no_ids = torch.zeros(1, 3, device=device, dtype=self.text.dtype)
+        self.latents = pad_sequence([image.latents for image in images], batch_first=True)
+        self.rotation, self.mask = self._positions(rotations)
+
+    def holds(self, images: Sequence[Image]) -> bool:
+        """Whether the batch is what a new one for `images` would be."""
+        return len(images) == len(self._images) and all(
+            image is mine and image.step == step
+            for image, mine, step in zip(images, self._images, self._steps, strict=True)
+        )
+
+    def rows(self, per_image: torch.Tensor) -> torch.Tensor:
+        """``[images, ...]`` to ``[rows, ...]``."""
+        return per_image[self._row_image] if self._guided else per_image
+
+    def timesteps(self) -> torch.Tensor:
+        """Float32 ``[images]``."""
+        return self._column([image.schedule.timesteps[step] for image, step in self._progress()])
+
+    def guide(self, rows: torch.Tensor) -> torch.Tensor:
+        """``[rows, tokens, 64]`` to ``[images, tokens, 64]``, as FluxPipeline does, in the model's dtype."""
+        if not self._guided:
+            return rows
+        images, negative = rows[: len(self._images)], rows[len(self._images) :]
+        scale = self._true_cfg[:, None, None]
+        difference = images[self._guided] - negative
+        images = images.clone()
+        images[self._guided] = negative + (scale * difference.float()).to(negative.dtype)
+        return images
+
+    def advance(self, velocities: torch.Tensor) -> torch.Tensor:
+        """Take one Euler step, in float32 as the scheduler does, and keep the result for the next one."""
+        width = self._column([image.schedule.sigmas[step + 1] for image, step in self._progress()]) - self._column(
+            [image.schedule.sigmas[step] for image, step in self._progress()]
+        )
+        move = (width[:, None, None] * velocities.float()).to(velocities.dtype)
+        self.latents = (self.latents.float() + move).to(velocities.dtype)
+        self._steps = [step + 1 for step in self._steps]
+        return self.latents
+
+    def cut(self, *padded: torch.Tensor) -> list[tuple[Any, ...]]:
+        """What belongs to each image, without its padding; views."""
+        return [tuple(tensor[index, :tokens] for tensor in padded) for index, tokens in enumerate(self._tokens)]
+
+    def _progress(self) -> list[tuple[Image, int]]:
+        return list(zip(self._images, self._steps, strict=True))
+
+    def _column(self, values: Sequence[float]) -> torch.Tensor:
+        return torch.tensor(values, device=self._device, dtype=torch.float32)
+
+    def _positions(self, rotations: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The rows' rotations, ``[rows or 1, T + S, 1, head / 2]``, and the mask where rows differ in length."""
+        if all(rotation is rotations[0] for rotation in rotations):
+            return rotations[0][None, :, None], None
+        rotation = self.rows(pad_sequence(list(rotations), batch_first=True))[:, :, None]
+        lengths = self.rows(torch.tensor([len(each) for each in rotations], device=self._device))
+        mask = torch.arange(rotation.shape[1], device=self._device) < lengths[:, None]
+        return rotation, mask[:, None, None]
+
+
+def _grid(image: Image) -> tuple[int, int]:
+    """Rows and columns of image tokens."""
+    return image.request.height // 16, image.request.width // 16

@@ -1,0 +1,69 @@
+"""Keeps the failure of one item of a batch from the others."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Sequence
+from typing import TypeVar
+
+import torch
+
+from genserve_backend.errors import OutOfMemory, RequestError
+from genserve_backend.logs import log
+from genserve_backend.worker.engine import defect
+
+logger = logging.getLogger(__name__)
+
+Item = TypeVar("Item", bound=Hashable)
+Result = TypeVar("Result")
+
+
+class DeviceLost(Exception):
+    """The device refuses all further work in this process; only a new worker helps."""
+
+
+def isolate(
+    work: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Item], *, name: Callable[[Item], str]
+) -> tuple[dict[Item, Result], dict[Item, RequestError]]:
+    """Do `work` on a batch; if that fails, on its halves, and so on down to the items that fail alone.
+
+    Args:
+        work: Gives one result for each item, in order, and changes nothing if it raises.
+        items: The batch.
+        name: Names an item in its error.
+
+    Returns:
+        The results, and the errors of the items that have none: OutOfMemory for one that does not fit into the
+        device's memory alone, ServerError for anything else.
+
+    Raises:
+        DeviceLost: The device has failed for good.
+    """
+    failure = _try(work, items)
+    if not isinstance(failure, Exception):
+        return dict(zip(items, failure, strict=True)), {}
+    # Outside of the except clause: while an exception is handled, so are the tensors in its frames kept.
+    out_of_memory = isinstance(failure, torch.OutOfMemoryError)
+    log(logger, logging.WARNING, "batch failed", items=len(items), error=type(failure).__name__)
+    if out_of_memory and torch.cuda.is_available():
+        torch.cuda.empty_cache()  # what the failed batch left is in pieces of the wrong size for its halves
+    if len(items) > 1:
+        middle = (len(items) + 1) // 2
+        done, failed = isolate(work, items[:middle], name=name)
+        more_done, more_failed = isolate(work, items[middle:], name=name)
+        return done | more_done, failed | more_failed
+    if out_of_memory:
+        return {}, {items[0]: OutOfMemory(f"{name(items[0])} does not fit into the device's memory, not even alone")}
+    logger.error("item failed", exc_info=failure)
+    return {}, {items[0]: defect(failure)}
+
+
+def _try(work: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Item]) -> Sequence[Result] | Exception:
+    try:
+        return work(items)
+    except torch.OutOfMemoryError as error:
+        return error.with_traceback(None)
+    except torch.AcceleratorError as error:
+        raise DeviceLost(str(error)) from None
+    except Exception as error:
+        return error

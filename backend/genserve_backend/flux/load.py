@@ -1,0 +1,69 @@
+"""Puts a FLUX engine together from a checkpoint: what a worker process of the `flux` model runs."""
+
+from __future__ import annotations
+
+import logging
+
+import diffusers
+import torch
+import transformers
+from diffusers import FluxPipeline
+
+from genserve_backend.devices import resolve_dtype
+from genserve_backend.flux.admission import Intake
+from genserve_backend.flux.checkpoint import FluxCheckpoint
+from genserve_backend.flux.decode import Decoder
+from genserve_backend.flux.denoise import Denoiser
+from genserve_backend.flux.engine import FluxEngine
+from genserve_backend.flux.image import PIXELS_PER_TOKEN
+from genserve_backend.flux.keep import Keeper
+from genserve_backend.flux.preview import Previewer
+from genserve_backend.flux.prompts import PromptEncoder
+from genserve_backend.flux.report import Reporter
+from genserve_backend.flux.schedule import Scheduler
+from genserve_backend.logs import log
+from genserve_backend.settings import FluxSettings
+from genserve_backend.worker.engine import Emit
+
+logger = logging.getLogger(__name__)
+
+
+def build(settings: FluxSettings, device: str, emit: Emit) -> FluxEngine:
+    """Load the checkpoint that `settings` names onto `device` ("cpu", "cuda:0").
+
+    Raises:
+        CheckpointError: The folder is missing or incomplete.
+    """
+    checkpoint = FluxCheckpoint.read(settings.model_path)
+    pipeline = load_pipeline(checkpoint, settings, device)
+    denoiser = Denoiser(pipeline, max_sequence_length=checkpoint.max_sequence_length)
+    decoder = Decoder(pipeline, model=checkpoint.name, keeper=Keeper(settings.save_test_images), emit=emit)
+    log(logger, logging.INFO, "flux loaded", model=checkpoint.name, device=device, dtype=denoiser.dtype)
+    return FluxEngine(
+        encoder=PromptEncoder(
+            pipeline, max_sequence_length=checkpoint.max_sequence_length, cache_bytes=settings.prompt_cache_bytes
+        ),
+        scheduler=Scheduler(pipeline.scheduler),
+        denoiser=denoiser,
+        decoder=decoder,
+        reporter=Reporter(Previewer(pipeline), decoder, device=denoiser.device, emit=emit),
+        intake=Intake(
+            max_running=settings.max_running,
+            max_tokens=settings.max_batched_tokens,
+            max_waiting=settings.max_gpu_queue_size,
+            usual_cost=checkpoint.native_size**2 // PIXELS_PER_TOKEN,
+        ),
+        settings=settings,
+        emit=emit,
+    )
+
+
+def load_pipeline(checkpoint: FluxCheckpoint, settings: FluxSettings, device: str) -> FluxPipeline:
+    """The checkpoint's parts on the device."""
+    diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()  # or prompts that are cut to the tokenizer's length would be logged
+    transformers.utils.logging.disable_progress_bar()
+    dtype = resolve_dtype(settings.dtype, device)
+    pipeline = FluxPipeline.from_pretrained(checkpoint.path, dtype=dtype, local_files_only=True, use_safetensors=True)
+    pipeline.vae.to(memory_format=torch.channels_last)  # convolutions like it: the demo's decoder takes 2/3 of the time
+    return pipeline.to(device)

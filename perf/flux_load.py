@@ -1,0 +1,105 @@
+"""The load of compare_flux.py: requests with mixed step counts, so many in flight at a time."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+
+STEPS = (4, 8, 20, 28)
+WARM_UP_SEED = 2**31
+
+
+@dataclass(frozen=True)
+class Request:
+    """One image."""
+
+    prompt: str
+    steps: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Load:
+    """What every contender gets."""
+
+    requests: tuple[Request, ...]
+    concurrency: int
+    size: int
+    """Height and width in pixels."""
+
+    @classmethod
+    def draw(cls, count: int, concurrency: int, size: int, *, seed: int = 0) -> Load:
+        """Requests whose steps are drawn from `STEPS`."""
+        steps = random.Random(seed).choices(STEPS, k=count)  # noqa: S311
+        requests = tuple(Request(f"picture number {index}", each, index) for index, each in enumerate(steps))
+        return cls(requests, concurrency, size)
+
+    def to_json(self) -> str:
+        """For another process."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Load:
+        """What `to_json` wrote."""
+        values = json.loads(text)
+        return cls(tuple(Request(**each) for each in values.pop("requests")), **values)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long it took."""
+
+    seconds: float
+    latencies: dict[int, list[float]]
+    """Seconds of each request, by steps."""
+
+    @property
+    def count(self) -> int:
+        """Requests."""
+        return sum(len(each) for each in self.latencies.values())
+
+    @property
+    def images_per_second(self) -> float:
+        """Over the whole run."""
+        return self.count / self.seconds
+
+    def mean_latency(self, steps: int | None = None) -> float:
+        """Seconds, of the requests with so many steps or of all."""
+        chosen = self.latencies[steps] if steps else [value for each in self.latencies.values() for value in each]
+        return statistics.mean(chosen)
+
+    def to_json(self) -> str:
+        """For another process."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Timing:
+        """What `to_json` wrote."""
+        values = json.loads(text)
+        return cls(values["seconds"], {int(steps): each for steps, each in values["latencies"].items()})
+
+
+def drive(call: Callable[[Request], object], load: Load) -> Timing:
+    """Send all requests, `concurrency` in flight until the last ones, after as many that are not counted."""
+    with ThreadPoolExecutor(load.concurrency) as callers:
+        list(
+            callers.map(
+                call, (replace(each, seed=WARM_UP_SEED + each.seed) for each in load.requests[: load.concurrency])
+            )
+        )
+    latencies: dict[int, list[float]] = {}
+
+    def one(request: Request) -> None:
+        started = time.monotonic()
+        call(request)
+        latencies.setdefault(request.steps, []).append(time.monotonic() - started)
+
+    started = time.monotonic()
+    with ThreadPoolExecutor(load.concurrency) as callers:
+        list(callers.map(one, load.requests))
+    return Timing(time.monotonic() - started, latencies)

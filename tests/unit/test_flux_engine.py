@@ -1,0 +1,315 @@
+"""What happens to images in the engine: places, pauses, ends, and whose failure is whose."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flux_engine import EngineRun, count, pixels
+from pictures import same
+from PIL import Image
+
+from genserve_backend.errors import Cancelled, DeadlineExceeded, OutOfMemory, RequestError, ServerError
+from genserve_backend.flux import report as report_module
+from genserve_backend.flux.checkpoint import FluxCheckpoint
+from genserve_backend.flux.isolate import DeviceLost
+from genserve_backend.flux.request import FluxResult
+from genserve_backend.worker import engine as worker_engine
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "demo"))
+from make_flux import make_flux
+
+SMALL = {"HEIGHT": 64, "WIDTH": 64}
+Forward = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> FluxCheckpoint:
+    path = tmp_path_factory.mktemp("dev") / "dev"
+    make_flux(path)
+    return FluxCheckpoint.read(path)
+
+
+@pytest.fixture(scope="module")
+def shared(checkpoint: FluxCheckpoint) -> EngineRun:
+    return EngineRun(checkpoint)
+
+
+@pytest.fixture
+def engine(shared: EngineRun) -> Iterator[EngineRun]:
+    """The engine that the tests share; whatever one did to it, it goes on to work."""
+    yield shared
+    (result,) = shared.run(shared.parse(STEPS=1, **SMALL))
+    assert isinstance(result, FluxResult)
+
+
+@pytest.fixture
+def wrap(engine: EngineRun, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[Forward], Forward]], None]:
+    """Replaces a part's method: ``wrap("transformer.forward", lambda real: ...)``."""
+    pipeline = engine.engine._denoiser._pipeline
+
+    def wrap_it(name: str, make: Callable[[Forward], Forward]) -> None:
+        part, method = name.split(".")
+        owner = getattr(pipeline, part)
+        monkeypatch.setattr(owner, method, make(getattr(owner, method)))
+
+    return wrap_it
+
+
+def kinds(results: list[FluxResult | RequestError]) -> list[type]:
+    return [type(result) for result in results]
+
+
+def test_a_short_request_leaves_a_running_batch_first(engine: EngineRun) -> None:
+    long = engine.submit(engine.parse(STEPS=30, **SMALL))
+    engine.turn(5)
+    short = engine.submit(engine.parse(STEPS=2, **SMALL))
+    assert isinstance(engine.answer(short), FluxResult)
+    assert long not in engine.answers
+    result = engine.answer(long)
+    assert isinstance(result, FluxResult)
+    assert result.mean_batch_size == pytest.approx(1 + 2 / 30)
+
+
+def test_the_answer_says_where_the_time_went(engine: EngineRun) -> None:
+    (result,) = engine.run(engine.parse(STEPS=3))
+    assert isinstance(result, FluxResult)
+    parts = result.queue_s + result.encode_s + result.denoise_s + result.decode_s
+    assert min(result.encode_s, result.denoise_s, result.decode_s) > 0
+    assert parts == pytest.approx(result.elapsed_time, rel=0.2, abs=0.01)
+    assert result.mean_batch_size == 1
+    assert result.dtype == "float32"
+
+
+def test_progress_is_told_now_and_then(engine: EngineRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_module, "PROGRESS_S", 3600.0)
+    monkeypatch.setattr(report_module, "PREVIEW_S", 3600.0)
+    quiet = engine.submit(engine.parse(STEPS=5, **SMALL))
+    engine.answer(quiet)
+    assert [event.step for event in engine.progress[quiet]] == [0]
+    monkeypatch.setattr(report_module, "PROGRESS_S", 0.0)
+    told = engine.submit(engine.parse(STEPS=5, **SMALL))
+    engine.answer(told)
+    assert [(event.step, event.steps) for event in engine.progress[told]] == [(step, 5) for step in range(5)]
+
+
+def test_previews_are_small_jpegs(engine: EngineRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_module, "PREVIEW_S", 0.0)
+    job = engine.submit(engine.parse(STEPS=12, HEIGHT=128, WIDTH=256))
+    engine.answer(job)
+    previews = [event.preview for event in engine.progress[job] if event.preview]
+    assert previews
+    image = Image.open(io.BytesIO(previews[-1]))
+    assert (image.format, image.size) == ("JPEG", (128, 64))
+
+
+def test_cancelled_while_running(engine: EngineRun) -> None:
+    unwanted, wanted = (engine.submit(engine.parse(STEPS=20, SEED=seed, **SMALL)) for seed in (1, 2))
+    engine.turn(5)
+    engine.engine.cancel(unwanted)
+    engine.turn()
+    assert type(engine.answers[unwanted]) is Cancelled
+    assert isinstance(engine.answer(wanted), FluxResult)
+
+
+def test_cancelled_while_its_image_is_decoded(engine: EngineRun, wrap: Any) -> None:
+    def slow(real: Forward) -> Forward:
+        def decode(*arguments: Any, **options: Any) -> Any:
+            time.sleep(0.3)
+            return real(*arguments, **options)
+
+        return decode
+
+    wrap("vae.decode", slow)
+    first = engine.submit(engine.parse(STEPS=1, **SMALL))
+    second = engine.submit(engine.parse(STEPS=1, HEIGHT=64, WIDTH=128))
+    engine.turn_until(lambda: engine.engine._decoder.pending == 2)
+    engine.engine.cancel(second)
+    assert isinstance(engine.answer(first), FluxResult)
+    assert type(engine.answer(second)) is Cancelled
+
+
+def test_a_deadline_passes_while_it_runs(engine: EngineRun) -> None:
+    late = engine.submit(engine.parse(STEPS=100), within_s=0.2)
+    wanted = engine.submit(engine.parse(STEPS=2))
+    assert type(engine.answer(late)) is DeadlineExceeded
+    assert isinstance(engine.answer(wanted), FluxResult)
+
+
+def test_a_deadline_passes_while_it_waits(checkpoint: FluxCheckpoint) -> None:
+    engine = EngineRun(checkpoint, max_running=1)
+    running = engine.submit(engine.parse(STEPS=40))
+    late = engine.submit(engine.parse(STEPS=1), within_s=0.1)
+    assert type(engine.answer(late)) is DeadlineExceeded
+    assert late not in engine.progress
+    assert isinstance(engine.answer(running), FluxResult)
+
+
+def test_urgent_images_pause_others_which_go_on_afterwards(checkpoint: FluxCheckpoint) -> None:
+    engine = EngineRun(checkpoint, max_running=2)
+    requests = [engine.parse(STEPS=20, SEED=seed, **SMALL) for seed in range(3)]
+    alone = [engine.images(request)[0] for request in requests]
+    jobs = [engine.submit(request, level=3) for request in requests[:2]]
+    engine.turn(6)
+    urgent = engine.submit(requests[2], level=1)
+    engine.turn(1)
+    assert type(engine.answer(urgent)) is FluxResult
+    assert jobs[1] not in engine.answers
+    together = [pixels(engine.answer(job)) for job in (*jobs, urgent)]
+    assert all(same(*pair) for pair in zip(alone, together, strict=True))
+    engine.turn_until(lambda: count(engine.beats, "preemptions") == 1)
+
+
+def test_an_image_above_the_token_budget_runs_alone(checkpoint: FluxCheckpoint) -> None:
+    engine = EngineRun(checkpoint, max_batched_tokens=64, max_padding=10.0)
+    small, large = engine.parse(STEPS=3, **SMALL), engine.parse(STEPS=3, HEIGHT=192, WIDTH=192)
+    results = engine.run(small, small, large)
+    assert [result.mean_batch_size for result in results if isinstance(result, FluxResult)] == [2, 2, 1]
+
+
+def test_latents_that_are_not_finite_are_their_requests_own(engine: EngineRun, wrap: Any) -> None:
+    def poisoned(real: Forward) -> Forward:
+        def forward(hidden_states: torch.Tensor, guidance: torch.Tensor, **rest: Any) -> Any:
+            (rows,) = real(hidden_states=hidden_states, guidance=guidance, **rest)
+            rows[guidance == 13.0] = float("nan")
+            return (rows,)
+
+        return forward
+
+    fine = [engine.parse(STEPS=3, SEED=seed, **SMALL) for seed in range(3)]
+    alone = [engine.images(request)[0] for request in fine]
+    wrap("transformer.forward", poisoned)
+    bad = engine.parse(STEPS=3, GUIDANCE=13.0, **SMALL)
+    results = engine.run(fine[0], bad, *fine[1:])
+    error = results.pop(1)
+    assert type(error) is ServerError
+    assert "not finite" in str(error)
+    assert all(same(one, pixels(result)) for one, result in zip(alone, results, strict=True))
+
+
+def out_of_memory_above(rows: int) -> Callable[[Forward], Forward]:
+    def make(real: Forward) -> Forward:
+        def forward(hidden_states: torch.Tensor, **rest: Any) -> Any:
+            if hidden_states.shape[0] * hidden_states.shape[1] > rows:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return real(hidden_states=hidden_states, **rest)
+
+        return forward
+
+    return make
+
+
+def test_a_batch_that_does_not_fit_is_halved(engine: EngineRun, wrap: Any) -> None:
+    requests = [engine.parse(STEPS=4, SEED=seed, **SMALL) for seed in range(7)]
+    alone = [engine.images(request)[0] for request in requests]
+    wrap("transformer.forward", out_of_memory_above(3 * 16))
+    results = engine.run(*requests)
+    assert all(same(one, pixels(result)) for one, result in zip(alone, results, strict=True))
+
+
+def test_an_image_that_does_not_fit_alone_is_told_so(engine: EngineRun, wrap: Any) -> None:
+    wrap("transformer.forward", out_of_memory_above(100))
+    results = engine.run(
+        engine.parse(STEPS=3, **SMALL), engine.parse(STEPS=3, HEIGHT=192, WIDTH=192), engine.parse(STEPS=3, **SMALL)
+    )
+    assert kinds(results) == [FluxResult, OutOfMemory, FluxResult]
+    assert "192 x 192 pixels" in str(results[1])
+
+
+def test_a_decoding_that_fails_is_its_requests_own(engine: EngineRun, wrap: Any) -> None:
+    def broken(real: Forward) -> Forward:
+        def decode(latents: torch.Tensor, **options: Any) -> Any:
+            if latents.shape[-1] == 24:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            if latents.shape[-1] == 16 and len(latents) > 1:
+                raise ValueError("secret")
+            return real(latents, **options)
+
+        return decode
+
+    wrap("vae.decode", broken)
+    sizes = [(64, 64), (192, 192), (128, 128), (128, 128), (128, 128)]
+    results = engine.run(*(engine.parse(STEPS=1, HEIGHT=height, WIDTH=width) for height, width in sizes))
+    assert kinds(results) == [FluxResult, OutOfMemory, FluxResult, FluxResult, FluxResult]
+
+
+def test_a_prompt_that_cannot_be_encoded_is_its_requests_own(
+    engine: EngineRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = engine.engine._encoder._forward
+
+    def forward(texts: Any) -> Any:
+        if "bad prompt" in texts:
+            raise ValueError("secret")
+        return real(texts)
+
+    monkeypatch.setattr(engine.engine._encoder, "_forward", forward)
+    good, bad = engine.parse(STEPS=1, PROMPT="new", **SMALL), engine.parse(STEPS=1, PROMPT="bad prompt", **SMALL)
+    results = engine.run(good, bad, good)
+    assert kinds(results) == [FluxResult, ServerError, FluxResult]
+    assert "secret" not in str(results[1])
+
+
+def test_a_lost_device_ends_the_engine(checkpoint: FluxCheckpoint) -> None:
+    engine = EngineRun(checkpoint)
+
+    def forward(**_: Any) -> None:
+        raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+
+    engine.engine._denoiser._transformer.forward = forward
+    engine.submit(engine.parse(STEPS=1, **SMALL))
+    with pytest.raises(DeviceLost):
+        engine.turn(3)
+
+
+def test_a_decoder_that_hangs_stops_the_beats(checkpoint: FluxCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_engine, "BEAT_S", 0.01)
+    engine = EngineRun(checkpoint, hang_timeout_s=2.0)
+    monkeypatch.setattr(engine.engine._decoder, "busy_s", lambda: 1.0)
+    engine.turn(3)
+    beats = len(engine.beats)
+    assert beats
+    monkeypatch.setattr(engine.engine._decoder, "busy_s", lambda: 3.0)
+    time.sleep(0.05)
+    engine.turn(3)
+    assert len(engine.beats) == beats
+
+
+def test_an_operator_can_count(checkpoint: FluxCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_engine, "BEAT_S", 0.0)
+    engine = EngineRun(checkpoint)
+    engine.run(*(engine.parse(STEPS=steps, **SMALL) for steps in (2, 3)))
+    engine.turn()
+    assert count(engine.beats, "steps") == 5
+    assert sorted(size for beat in engine.beats for size in beat.batch_sizes) == [1, 2, 2]
+    assert all(count(engine.beats, f"{stage}_seconds") > 0 for stage in ("encode", "denoise", "decode"))
+    assert max(beat.gauges["running"] for beat in engine.beats) == 2
+    assert engine.beats[-1].gauges["running"] == 0
+    assert engine.beats[-1].gauges["device_memory_bytes"] > 1e6
+
+
+def test_it_asks_for_as_many_requests_as_it_has_places(checkpoint: FluxCheckpoint) -> None:
+    engine = EngineRun(checkpoint, max_running=3, max_gpu_queue_size=0)
+    engine.turn()
+    assert engine.granted == 3
+    for _ in range(3):
+        engine.submit(engine.parse(STEPS=5, **SMALL))
+    engine.turn(3)
+    assert engine.granted == 3
+    engine.turn_until(lambda: len(engine.answers) == 3)
+    engine.turn()
+    assert engine.granted == 6
+
+
+def test_images_are_kept_where_the_operator_wants_them(checkpoint: FluxCheckpoint, tmp_path: Path) -> None:
+    engine = EngineRun(checkpoint, save_test_images=tmp_path / "kept")
+    job = engine.submit(engine.parse(STEPS=1, FORMAT="webp", **SMALL))
+    result = engine.answer(job)
+    assert isinstance(result, FluxResult)
+    assert (tmp_path / "kept" / f"task-{job}.webp").read_bytes() == result.image
