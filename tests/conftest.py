@@ -21,6 +21,7 @@ from genserve.serve.ports import free_ports
 ROOT = Path(__file__).parents[1]
 GENSERVE = str(Path(sys.executable).parent / "genserve")
 PROTOCOLS = ("grpc", "http")
+HANG_TIMEOUT_S = 4.0
 
 
 def wait_until(condition: Callable[[], Any], *, timeout_s: float = 60.0, what: str) -> Any:
@@ -107,11 +108,14 @@ class Server:
     def family(self) -> list[psutil.Process]:
         return self.process.children(recursive=True)
 
-    def stub(self, model: str) -> psutil.Process:
-        return self._one(lambda line: "triton_python_backend_stub" in line[0] and f"/{model}/1/model.py" in line[1])
+    def stub(self, model: str, instance: int = 0) -> psutil.Process:
+        name = f"{model}_0_{instance}"
+        return self._one(
+            lambda line: "triton_python_backend_stub" in line[0] and f"/{model}/1/model.py" in line[1] and name in line
+        )
 
-    def worker(self, model: str) -> psutil.Process:
-        stub = self.stub(model)
+    def worker(self, model: str, instance: int = 0) -> psutil.Process:
+        stub = self.stub(model, instance)
         return wait_until(lambda: next(iter(stub.children()), None), what=f"a worker of {model}")
 
     def _one(self, matches: Callable[[list[str]], bool]) -> psutil.Process:
@@ -141,14 +145,32 @@ class Server:
             wait_until(ready, what="the server to be ready")
 
 
-@pytest.fixture(scope="session")
-def running_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    server = Server(tmp_path_factory.mktemp("state"))
-    server.start()
+def serving(tmp_path_factory: pytest.TempPathFactory, *arguments: str, **environment: str) -> Iterator[Server]:
+    """The body of a fixture: a server for as long as the fixture lives."""
+    server = Server(tmp_path_factory.mktemp("state"), environment=environment)
+    server.start(*arguments)
     try:
         yield server
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def running_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    yield from serving(tmp_path_factory)
+
+
+@pytest.fixture(scope="session")
+def running_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Two instances of flux with one CPU thread each, whose workers are given up after a few silent seconds."""
+    environment = {"FLUX_WORKERS": "2", "OMP_NUM_THREADS": "1", "HANG_TIMEOUT": str(HANG_TIMEOUT_S)}
+    yield from serving(tmp_path_factory, "--model", "flux", "--model", "tasks", **environment)
+
+
+@pytest.fixture
+def pair(running_pair: Server) -> Server:
+    running_pair.wait_ready()
+    return running_pair
 
 
 @pytest.fixture

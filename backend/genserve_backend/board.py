@@ -23,6 +23,8 @@ CANCEL_KEPT_S = 300.0
 """Seconds that the cancellation of a task which has not yet arrived is remembered: longer than it can be queued."""
 CANCELS_KEPT = 10_000
 """Cancellations of tasks that have not arrived, at most."""
+LOAD_KEPT_S = 5.0
+"""Seconds after which an instance that no longer says how busy it is counts as gone."""
 LISTED = 1_000
 """Tasks that one listing shows, at most."""
 LOCK_TIMEOUT_S = 10.0
@@ -46,6 +48,9 @@ CREATE TABLE IF NOT EXISTS tasks (
 CREATE INDEX IF NOT EXISTS tasks_by_id ON tasks (task_id, key);
 CREATE INDEX IF NOT EXISTS tasks_by_state ON tasks (state, changed);
 CREATE TABLE IF NOT EXISTS cancelled_early (task_id TEXT PRIMARY KEY, at REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS loads (
+    instance TEXT PRIMARY KEY, model TEXT NOT NULL, load REAL NOT NULL, has_room INTEGER NOT NULL, at REAL NOT NULL
+);
 """
 IN_FLIGHT = "state IN ('waiting', 'running')"
 FINISHED = "state IN ('done', 'failed', 'cancelled')"
@@ -132,6 +137,22 @@ class Board:
                 (instance,),
             ).fetchall()
         return {int(key) for (key,) in rows}
+
+    def set_load(self, instance: str, *, model: str, load: float, has_room: bool) -> None:
+        """Say how much work an instance has before it, and whether it could take more."""
+        with self._lock:
+            self._db.execute(
+                "INSERT OR REPLACE INTO loads VALUES (?, ?, ?, ?, ?)", (instance, model, load, has_room, time.time())
+            )
+
+    def has_freer(self, instance: str, *, model: str, load: float) -> bool:
+        """Whether another instance of the model has less than `load` before it, and room."""
+        with self._lock:
+            row = self._db.execute(
+                "SELECT 1 FROM loads WHERE model = ? AND instance <> ? AND load < ? AND has_room AND at > ? LIMIT 1",
+                (model, instance, load, time.time() - LOAD_KEPT_S),
+            ).fetchone()
+        return row is not None
 
     # The `tasks` model's side.
 

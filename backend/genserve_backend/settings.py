@@ -71,7 +71,7 @@ class FluxSettings(ModelSettings):
     @field_validator("save_test_images", mode="before")
     @classmethod
     def _folder(cls, value: object) -> object:
-        if isinstance(value, str) and value.lower() in ("", "0", "false", "no", "off"):
+        if value is None or str(value).lower() in ("", "0", "false", "no", "off"):
             return None
         if isinstance(value, str) and value.lower() in ("1", "true", "yes", "on"):
             return Path(tempfile.gettempdir()) / "genserve-images"

@@ -6,13 +6,14 @@ import json
 import threading
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
-from conftest import Server, wait_until
+from conftest import Server, serving, wait_until
 from tritonclient.utils import InferenceServerException
 
 from genserve import Cancelled, Client, DeadlineExceeded, GeneratedImage, QueueFull
@@ -20,6 +21,12 @@ from genserve.protocol import tasks_call
 from genserve.transport import connect
 
 LONG = {"steps": 100, "height": 384, "width": 384}
+
+
+@pytest.fixture(scope="module")
+def running_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One that denoises one image at a time: a single request makes it full."""
+    yield from serving(tmp_path_factory, FLUX_MAX_RUNNING="1", MAX_GPU_QUEUE_SIZE="0")
 
 
 def outcome(client: Client, seed: int, **settings: object) -> str:

@@ -16,6 +16,7 @@ from typing import Any, Generic, TypeVar
 import triton_python_backend_utils as pb_utils
 
 from genserve_backend import logs
+from genserve_backend.adapter.balance import Balance
 from genserve_backend.adapter.metrics import Metrics
 from genserve_backend.adapter.reply import Reply, Row
 from genserve_backend.adapter.tensors import Values
@@ -24,11 +25,12 @@ from genserve_backend.checkpoints import CheckpointError
 from genserve_backend.errors import Cancelled, InvalidInput, RequestError, ServerError
 from genserve_backend.logs import log
 from genserve_backend.settings import ModelSettings, SettingsError, load
-from genserve_backend.worker.messages import DEFAULT_LEVEL, LEVELS, Start
+from genserve_backend.worker.messages import DEFAULT_LEVEL, LEVELS, Beat, Start
 from genserve_backend.worker.supervisor import Supervisor, WorkerStartError
 
 MAX_TASK_ID_CHARACTERS = 256
 BOARD_POLL_S = 0.1
+BALANCE_POLL_S = 0.01
 LEVEL_PARAMETER = "priority_level"
 """The request parameter for a request's urgency inside the engine, 1 to 3."""
 
@@ -100,7 +102,10 @@ class Instance(Generic[SettingsT, CheckpointT]):
             self._board.start_instance(self.place.instance)
             start = Start(engine, self.settings, self.place.device, self.place.instance)
             self.metrics = Metrics(self.place.model, self.place.instance)
-            self._supervisor = Supervisor(start, self.metrics)
+            self._supervisor = Supervisor(start, self)
+            self.balance = Balance(
+                self._board, self.place.model, self.place.instance, lambda: self._supervisor.has_room
+            )
             self._supervisor.start()
         except (SettingsError, CheckpointError, WorkerStartError) as error:
             raise pb_utils.TritonModelException(f"{self.place.model}: {error}") from None
@@ -148,8 +153,24 @@ class Instance(Generic[SettingsT, CheckpointT]):
             self._supervisor.submit(task, engine_request, deadline=deadline, level=level)
 
     def wait_for_slot(self) -> None:
-        """Block while the instance is full, so that Triton's queue keeps what waits, by its priorities."""
+        """Block while the instance is full, so that Triton's queue keeps what waits, by its priorities.
+
+        And while another instance has less to do and room, so that it gets the next request.
+        """
         self._supervisor.wait_for_slot()
+        self.balance.publish()
+        while self.balance.another_is_freer() and not self._supervisor.is_closing:
+            time.sleep(BALANCE_POLL_S)
+
+    def on_beat(self, beat: Beat) -> None:
+        """The worker lives, and tells what it has done."""
+        self.metrics.on_beat(beat)
+        self.balance.publish()
+
+    def on_restart(self) -> None:
+        """The worker is being replaced."""
+        self.metrics.on_restart()
+        self.balance.publish()
 
     def close(self) -> None:
         """End the worker."""
@@ -182,6 +203,7 @@ class RowTask:
         self._arrived = time.monotonic()
         place = instance.place
         self._key = instance.board.add(task_id, model=place.model, instance=place.instance)
+        instance.balance.set(self._key, request.work)
 
     def is_cancelled(self) -> bool:
         """Whether the caller has gone, over gRPC, or somebody has cancelled the task through `tasks`."""
@@ -190,6 +212,7 @@ class RowTask:
     def on_progress(self, step: int, steps: int, preview: bytes) -> None:
         """Show it on the board."""
         self._instance.board.progress(self._key, step, steps, preview)
+        self._instance.balance.set(self._key, self._request.work * (1 - step / steps))
 
     def on_done(self, result: Any) -> None:
         """Fill the row of the reply."""
@@ -208,6 +231,7 @@ class RowTask:
     def _end(self, state: str, error: str | None = None) -> None:
         """Log the end and show it on the board; a board that cannot be written costs nobody the answer."""
         place = self._instance.place
+        self._instance.balance.drop(self._key)
         self._instance.metrics.ended(state)
         log(
             logger,

@@ -27,6 +27,10 @@ class Candidate(Protocol):
         """Whether it has run before."""
 
     @property
+    def has_place(self) -> bool:
+        """Whether it runs now."""
+
+    @property
     def arrived(self) -> float:
         """When it came; any clock."""
 
@@ -43,10 +47,7 @@ CandidateT = TypeVar("CandidateT", bound=Candidate)
 
 
 def level_now(image: Candidate) -> int:
-    """The level that an image counts as: its own, or a more urgent one after it has waited.
-
-    It keeps what it has gained, so an image that was paused until it counted as urgent is not paused again.
-    """
+    """The level that an image counts as: its own, or a more urgent one after it has waited."""
     return max(LEVELS[0], image.level - int(image.waited_s / AGING_S))
 
 
@@ -55,27 +56,40 @@ def arrange(
 ) -> tuple[list[CandidateT], list[CandidateT]]:
     """Who runs, and who waits, each in the order of urgency.
 
-    The more urgent level comes first; within a level those that have started, then those that came first. So only
-    urgency takes a place away from an image that has one. An image that does not fit yet keeps later ones of its kind
-    from overtaking it. One that is larger than `max_tokens` runs alone.
+    Free places go to the more urgent level first, waiting counted in, within a level to those that have started, then
+    to those that came first. An image loses its place only to one whose own level is more urgent than what it counts as
+    itself: waiting alone takes nobody's place, and whoever has waited long enough is not paused again. An image that
+    does not fit yet keeps those behind it that are no more urgent from overtaking it. One that is larger than
+    `max_tokens` runs alone.
 
     Args:
         images: All that are not finished.
         max_running: Places, at most.
         max_tokens: Image tokens of all places, at most.
     """
-    running: list[CandidateT] = []
+    running = sorted((image for image in images if image.has_place), key=_urgency)
     waiting: list[CandidateT] = []
-    tokens = 0
-    for image in sorted(images, key=lambda image: (level_now(image), not image.has_started, image.arrived)):
-        behind_a_newcomer = not image.has_started and any(not other.has_started for other in waiting)
-        fits = len(running) < max_running and (tokens + image.cost <= max_tokens or not running)
-        if fits and not behind_a_newcomer:
-            running.append(image)
-            tokens += image.cost
+
+    def fits(image: CandidateT, others: Sequence[CandidateT]) -> bool:
+        cost = image.cost + sum(other.cost for other in others)
+        return len(others) < max_running and (cost <= max_tokens or not others)
+
+    blocked = LEVELS[-1] + 1
+    for image in sorted((image for image in images if not image.has_place), key=_urgency):
+        stay = list(running)
+        while not fits(image, stay) and stay and level_now(stay[-1]) > image.level:
+            stay.pop()
+        if fits(image, stay) and image.level < blocked:
+            waiting += running[len(stay) :]
+            running = sorted([*stay, image], key=_urgency)
         else:
             waiting.append(image)
-    return running, waiting
+            blocked = min(blocked, image.level)
+    return running, sorted(waiting, key=_urgency)
+
+
+def _urgency(image: Candidate) -> tuple[int, bool, float]:
+    return level_now(image), not image.has_started, image.arrived
 
 
 class Intake:
@@ -129,5 +143,5 @@ class Intake:
         free = self._max_waiting - len(waiting) - max(0, self._asked)
         if free <= 0:
             return False
-        until_next = min(image.steps_left for image in running)
-        return tick - self._asked_at >= until_next / (free + 1)
+        since = tick - self._asked_at
+        return since >= (since + min(image.steps_left for image in running)) / (free + 1)

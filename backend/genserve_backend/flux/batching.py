@@ -45,7 +45,7 @@ def choose(running: Sequence[RunnerT], *, tick: int, max_tokens: int, max_paddin
         max_tokens: Image tokens of the forward, padding included; one image alone may exceed it.
         max_padding: Padding tokens for one that is needed; 0 keeps sizes apart.
     """
-    by_turn = sorted(running, key=lambda image: (tick - image.ran_at) * TURNS[image.level], reverse=True)
+    by_turn = sorted(running, key=lambda image: (tick + 1 - image.ran_at) * TURNS[image.level], reverse=True)
     lead = by_turn[0]
     chosen = [lead]
     longest, rows, needed = lead.tokens, lead.rows, lead.tokens * lead.rows

@@ -191,7 +191,7 @@ class FluxEngine:
             return failed[image]
         image.latents = made[image]
         image.prompt = embeddings[image.request.prompt]
-        image.negative = embeddings[image.request.negative_prompt] if image.guided else None
+        image.negative = embeddings[image.request.negative_prompt] if image.request.guided else None
         return None
 
     def _step(self) -> None:

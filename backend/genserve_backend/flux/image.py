@@ -12,9 +12,6 @@ from genserve_backend.flux.request import FluxRequest
 from genserve_backend.flux.schedule import Schedule
 from genserve_backend.worker.engine import Job
 
-PIXELS_PER_TOKEN = 16 * 16
-"""The VAE shrinks by 8 and the transformer takes patches of 2."""
-
 
 @dataclass(eq=False)
 class Image:
@@ -66,19 +63,19 @@ class Image:
         return self.started is not None
 
     @property
-    def tokens(self) -> int:
-        """Image tokens of one row."""
-        return self.request.height * self.request.width // PIXELS_PER_TOKEN
+    def has_place(self) -> bool:
+        """Whether it has one now."""
+        return self.has_started and not self.paused
 
     @property
-    def guided(self) -> bool:
-        """Whether it takes true classifier-free guidance, as FluxPipeline decides."""
-        return bool(self.request.negative_prompt) and self.request.true_cfg_scale > 1
+    def tokens(self) -> int:
+        """Image tokens of one row."""
+        return self.request.tokens
 
     @property
     def rows(self) -> int:
-        """Rows of a forward that it takes: two where the negative prompt has one."""
-        return 2 if self.guided else 1
+        """Rows of a forward that it takes."""
+        return self.request.rows
 
     @property
     def cost(self) -> int:
@@ -93,7 +90,7 @@ class Image:
     @property
     def texts(self) -> list[str]:
         """What has to be encoded for it."""
-        return [self.request.prompt, self.request.negative_prompt] if self.guided else [self.request.prompt]
+        return [self.request.prompt, self.request.negative_prompt] if self.request.guided else [self.request.prompt]
 
     @property
     def name(self) -> str:

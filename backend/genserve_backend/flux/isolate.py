@@ -66,4 +66,5 @@ def _try(work: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Ite
     except torch.AcceleratorError as error:
         raise DeviceLost(str(error)) from None
     except Exception as error:
-        return error
+        # The traceback's frames hold the batch's tensors: it is kept for the item that fails alone.
+        return error if len(items) == 1 else error.with_traceback(None)

@@ -38,11 +38,11 @@ class Keeper:
 def file_name(task_id: str) -> str:
     """A name that stays inside its folder whatever a caller chose as task id.
 
-    Letters, digits, ``-``, ``_`` and inner dots are kept; an id with anything else, or too long, gets a digest, so that
-    different ids have different names.
+    Letters, digits, ``-``, ``_`` and inner dots are kept; an id with anything else, or too long, or that looks as if it
+    had one, gets a digest: different ids have different names.
     """
     plain = re.sub(r"[^A-Za-z0-9._-]", "_", task_id).strip(".")[:MAX_NAME_CHARACTERS]
-    if plain == task_id:
+    if plain == task_id and not re.search(r"-[0-9a-f]{12}$", plain):
         return plain
     digest = hashlib.sha256(task_id.encode("utf-8", "surrogatepass")).hexdigest()[:12]
     return f"{plain}-{digest}"

@@ -15,11 +15,11 @@ from genserve_backend.flux.checkpoint import FluxCheckpoint
 from genserve_backend.flux.decode import Decoder
 from genserve_backend.flux.denoise import Denoiser
 from genserve_backend.flux.engine import FluxEngine
-from genserve_backend.flux.image import PIXELS_PER_TOKEN
 from genserve_backend.flux.keep import Keeper
 from genserve_backend.flux.preview import Previewer
 from genserve_backend.flux.prompts import PromptEncoder
 from genserve_backend.flux.report import Reporter
+from genserve_backend.flux.request import PIXELS_PER_TOKEN
 from genserve_backend.flux.schedule import Scheduler
 from genserve_backend.logs import log
 from genserve_backend.settings import FluxSettings

@@ -34,7 +34,9 @@ class Previewer:
         levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         image = PilImage.fromarray(levels.permute(1, 2, 0).numpy())
         scale = PREVIEW_PIXELS / max(image.size)
-        image = image.resize((round(image.width * scale), round(image.height * scale)), PilImage.Resampling.BICUBIC)
+        image = image.resize(
+            (max(1, round(image.width * scale)), max(1, round(image.height * scale))), PilImage.Resampling.BICUBIC
+        )
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=QUALITY)
         return buffer.getvalue()
@@ -53,7 +55,7 @@ def fit(pipeline: FluxPipeline) -> torch.Tensor:
         torch.manual_seed(0)
         patches = torch.nn.functional.interpolate(torch.rand(1, 3, 8, 8) * 2 - 1, size=SAMPLE * 8)
         noise = torch.nn.functional.interpolate(
-            torch.randn(1, vae.config.latent_channels, SAMPLE // 4, SAMPLE // 4), size=SAMPLE, mode="bicubic"
+            2 * torch.randn(4, vae.config.latent_channels, SAMPLE // 4, SAMPLE // 4), size=SAMPLE, mode="bicubic"
         )
     coded = vae.encode(patches.to(vae.device, vae.dtype)).latent_dist.mode()
     latents = torch.cat([(coded - shift) * scaling, noise.to(coded)])

@@ -16,6 +16,7 @@ MAX_PROMPT_CHARACTERS = 10_000
 MAX_LORA_CHARACTERS = 4_096
 SIZE_MULTIPLE = 16
 """Pixels: the VAE shrinks by 8 and the transformer takes patches of 2."""
+PIXELS_PER_TOKEN = SIZE_MULTIPLE**2
 MIN_SIZE = 64
 MAX_STEPS = 100
 MAX_GUIDANCE = 20.0
@@ -43,6 +44,26 @@ class FluxRequest:
     format: str
     encoding: str
     max_sequence_length: int
+
+    @property
+    def guided(self) -> bool:
+        """Whether it takes true classifier-free guidance, as FluxPipeline decides."""
+        return bool(self.negative_prompt) and self.true_cfg_scale > 1
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens of one row."""
+        return self.height * self.width // PIXELS_PER_TOKEN
+
+    @property
+    def rows(self) -> int:
+        """Rows of a forward that it takes: two where the negative prompt has one."""
+        return 2 if self.guided else 1
+
+    @property
+    def work(self) -> float:
+        """What it costs, in image tokens through the transformer."""
+        return self.tokens * self.rows * self.steps
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,11 @@ class RerankRequest:
     instruction: str | None
     """At most 10,000 characters; None and "" stand for the model's own. Models without instructions ignore it."""
 
+    @property
+    def work(self) -> float:
+        """What it costs, in characters to read."""
+        return sum(len(self.query) + len(document) for document in self.documents)
+
 
 @dataclass(frozen=True)
 class RerankResult:

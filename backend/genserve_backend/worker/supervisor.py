@@ -158,6 +158,17 @@ class Supervisor:
         with self._changed:
             self._changed.wait_for(lambda: self._closing or (self._granted > 0 and not self._queue))
 
+    @property
+    def has_room(self) -> bool:
+        """Whether `wait_for_slot` would not block."""
+        with self._changed:
+            return self._closing or (self._granted > 0 and not self._queue)
+
+    @property
+    def is_closing(self) -> bool:
+        """Whether the end has begun."""
+        return self._closing
+
     def close(self) -> None:
         """End the worker and the watching thread; what is still in flight is answered with Cancelled."""
         with self._changed:

@@ -1,0 +1,146 @@
+"""How long an urgent request takes while the server is full of less urgent ones and its queue is never empty.
+
+Prints the ratio of a high-priority request's latency to what its own steps take in a full batch. With --check it fails
+when the mean is above what the project promises.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import statistics
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+from flux_load import STEPS
+from perf_server import own_server
+from rich.console import Console
+from rich.table import Table
+
+from genserve import Client, GenServeError
+from genserve.serve.options import ServeError
+
+PROMISE = 1.3
+SETTLE_S = 5.0
+PAUSE_S = 0.5
+TIMEOUT_S = 240.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One image."""
+
+    steps: int
+    latency: float
+    """Seconds, for its caller."""
+    own: float
+    """Seconds from its first step to its file."""
+
+
+class Crowd:
+    """Callers who always have the next low-priority request ready."""
+
+    def __init__(self, client: Client, callers: int, steps: tuple[int, ...]) -> None:
+        self._client = client
+        self._steps = steps
+        self._end = threading.Event()
+        self._pool = ThreadPoolExecutor(callers)
+        self.answers: list[Answer] = []
+        self._callers = [self._pool.submit(self._call, seed) for seed in range(callers)]
+
+    def _call(self, seed: int) -> None:
+        draw = random.Random(seed)  # noqa: S311
+        while not self._end.is_set():
+            self.answers.append(ask(self._client, draw.choice(self._steps), "low", f"one of many {seed}"))
+
+    def finish(self) -> None:
+        """Let everybody have their last answer.
+
+        Raises:
+            GenServeError: One of them got none.
+        """
+        self._end.set()
+        for caller in self._callers:
+            caller.result()
+        self._pool.shutdown()
+
+
+def ask(client: Client, steps: int, priority: str, prompt: str) -> Answer:
+    """Make one image."""
+    started = time.monotonic()
+    info = client.generate(prompt, steps=steps, priority=priority).info
+    return Answer(steps, time.monotonic() - started, info["elapsed_time"] - info["queue_s"])
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--callers", type=click.IntRange(min=1), default=40, show_default=True, help="Low-priority ones.")
+@click.option("--urgent", type=click.IntRange(min=1), default=20, show_default=True, help="High-priority requests.")
+@click.option("--steps", type=click.IntRange(1, 100), default=28, show_default=True, help="Of a high-priority request.")
+@click.option("--check", is_flag=True, help=f"Fail when the mean ratio is above {PROMISE}.")
+def main(callers: int, urgent: int, steps: int, check: bool) -> None:
+    """Measure high priority under a saturating load of low priority, of mixed and of equal step counts."""
+    table = Table()
+    for column in (
+        "Low-priority load",
+        "High, s",
+        "Own steps, s",
+        "Ratio, mean",
+        "worst",
+        "Low ones done",
+        "Slowest, s",
+    ):
+        table.add_column(column, justify="right")
+    worst = 0.0
+    loads = {f"{', '.join(map(str, STEPS))} steps": STEPS, f"{steps} steps each": (steps,)}
+    try:
+        for name, low_steps in loads.items():
+            ratio = measure(table, name, (*low_steps, steps), callers=callers, urgent=urgent, steps=steps)
+            worst = max(worst, ratio)
+    except (ServeError, GenServeError) as error:
+        click.echo(f"priority_flux: {' '.join(str(error).split())}", err=True)
+        sys.exit(1)
+    console = Console()
+    console.width = max(console.width, 110)
+    console.print(table)
+    if check and worst > PROMISE:
+        click.echo(f"a high-priority request takes {worst:.2f} times its own steps, promised {PROMISE}", err=True)
+        sys.exit(1)
+
+
+def measure(table: Table, name: str, low_steps: tuple[int, ...], *, callers: int, urgent: int, steps: int) -> float:
+    """Add one row; returns the mean ratio."""
+    with (
+        tempfile.TemporaryDirectory(prefix="genserve-priority-") as folder,
+        own_server(("flux",), log=Path(folder) / "server.log") as addresses,
+        Client(addresses["grpc"], timeout=TIMEOUT_S) as client,
+    ):
+        crowd = Crowd(client, callers, low_steps)
+        time.sleep(SETTLE_S)
+        high = []
+        for index in itertools.islice(itertools.count(), urgent):
+            high.append(ask(client, steps, "high", f"urgent {index}"))
+            time.sleep(PAUSE_S)
+        crowd.finish()
+    own = statistics.median(answer.own for answer in crowd.answers if answer.steps == steps)
+    mean = statistics.mean(answer.latency for answer in high)
+    slowest = max(answer.latency for answer in high)
+    table.add_row(
+        name,
+        f"{mean:.2f}",
+        f"{own:.2f}",
+        f"{mean / own:.2f}",
+        f"{slowest / own:.2f}",
+        str(len(crowd.answers)),
+        f"{max(answer.latency for answer in crowd.answers):.1f}",
+    )
+    return mean / own
+
+
+if __name__ == "__main__":
+    main()

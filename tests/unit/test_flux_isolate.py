@@ -1,0 +1,143 @@
+"""A batch fails: which of its items have results, and what is said of the others."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+
+import pytest
+import torch
+
+from genserve_backend.errors import OutOfMemory, RequestError, ServerError
+from genserve_backend.flux.isolate import DeviceLost, isolate
+
+ITEMS = tuple("abcdefgh")
+
+
+class Work:
+    """Doubles letters; some of them raise, and so does a batch of more than `room`."""
+
+    def __init__(self, bad: Mapping[str, Exception] | None = None, *, room: int = 100) -> None:
+        self.room = room
+        self.bad = bad or {}
+        self.batches: list[str] = []
+
+    def __call__(self, items: Sequence[str]) -> list[str]:
+        self.batches.append("".join(items))
+        if len(items) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        for item in items:
+            if item in self.bad:
+                raise self.bad[item]
+        return [item * 2 for item in items]
+
+
+def do(
+    work: Callable[[Sequence[str]], Sequence[str]], items: Sequence[str] = ITEMS
+) -> tuple[str, dict[str, RequestError]]:
+    """The items that have their result, and the errors of the others."""
+    done, failed = isolate(work, items, name=lambda item: f"item {item}")
+    assert done.keys().isdisjoint(failed)
+    assert done.keys() | failed.keys() == set(items)
+    assert all(result == item * 2 for item, result in done.items())
+    return "".join(sorted(done)), failed
+
+
+def test_where_all_is_well_the_work_is_done_once() -> None:
+    work = Work()
+    assert do(work) == ("abcdefgh", {})
+    assert work.batches == ["abcdefgh"]
+
+
+@pytest.mark.parametrize("bad", ITEMS)
+def test_a_bad_item_fails_alone(bad: str) -> None:
+    done, failed = do(Work({bad: ValueError("secret")}))
+    assert done == "abcdefgh".replace(bad, "")
+    (error,) = failed.values()
+    assert type(error) is ServerError
+    assert "ValueError" in str(error)
+    assert "secret" not in str(error)
+
+
+@pytest.mark.parametrize("size", range(1, 9))
+def test_every_item_may_be_bad(size: int) -> None:
+    bad = {item: ValueError("no") for item in ITEMS[:size]}
+    done, failed = do(Work(bad), ITEMS[:size])
+    assert done == ""
+    assert set(failed) == set(bad)
+
+
+def test_each_bad_item_has_its_own_error() -> None:
+    done, failed = do(Work({"b": ValueError("no"), "c": KeyError("no"), "h": torch.OutOfMemoryError("no")}))
+    assert done == "adefg"
+    assert {item: type(error) for item, error in failed.items()} == {
+        "b": ServerError,
+        "c": ServerError,
+        "h": OutOfMemory,
+    }
+    assert "ValueError" in str(failed["b"])
+    assert "KeyError" in str(failed["c"])
+
+
+def test_the_log_has_the_traceback_of_a_defect(caplog: pytest.LogCaptureFixture) -> None:
+    error = ValueError("what the operator has to know")
+    do(Work({"c": error}))
+    (record,) = (record for record in caplog.records if record.exc_info)
+    assert record.exc_info is not None
+    assert record.exc_info[1] is error
+
+
+@pytest.mark.parametrize("room", range(1, 9))
+def test_a_batch_that_does_not_fit_is_halved_until_it_does(room: int) -> None:
+    work = Work(room=room)
+    assert do(work) == ("abcdefgh", {})
+    fitting = [batch for batch in work.batches if len(batch) <= room]
+    assert "".join(fitting) == "abcdefgh"
+    assert min(map(len, fitting)) > room / 2 - 1
+
+
+def test_an_item_that_never_fits_is_named() -> None:
+    done, failed = do(Work({"e": torch.OutOfMemoryError("CUDA out of memory")}, room=3))
+    assert done == "abcdfgh"
+    (error,) = failed.values()
+    assert type(error) is OutOfMemory
+    assert "item e" in str(error)
+    assert "CUDA" not in str(error)
+
+
+def test_what_did_not_fit_is_freed_before_its_halves_are_tried() -> None:
+    activations: list[weakref.ref[torch.Tensor]] = []
+
+    def work(items: Sequence[str]) -> list[str]:
+        assert all(made() is None for made in activations)
+        activation = torch.zeros(8)
+        activations.append(weakref.ref(activation))
+        if len(items) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [item * 2 for item in items]
+
+    assert do(work) == ("abcdefgh", {})
+
+
+@pytest.mark.parametrize("bad", ["a", "h"])
+def test_a_lost_device_ends_the_work_at_once(bad: str) -> None:
+    work = Work({bad: torch.AcceleratorError("CUDA error: an illegal memory access was encountered")})
+    with pytest.raises(DeviceLost, match="illegal memory access"):
+        isolate(work, ITEMS, name=str)
+    assert work.batches == ["abcdefgh"]
+
+
+def test_a_device_lost_in_the_middle_ends_the_work() -> None:
+    work = Work({"c": torch.AcceleratorError("CUDA error: unspecified launch failure")}, room=2)
+    with pytest.raises(DeviceLost, match="unspecified launch failure"):
+        isolate(work, ITEMS, name=str)
+    assert work.batches == ["abcdefgh", "abcd", "ab", "cd"]
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt(), SystemExit()], ids=lambda error: type(error).__name__)
+def test_the_end_of_the_process_is_no_items_failure(raised: BaseException) -> None:
+    def work(items: Sequence[str]) -> list[str]:
+        raise raised
+
+    with pytest.raises(type(raised)):
+        isolate(work, ITEMS, name=str)
