@@ -23,7 +23,7 @@ from genserve.protocol import tasks_call
 from genserve.transport import connect
 
 IN_FLIGHT = 8
-REQUESTS = [{"prompt": f"number {seed}", "steps": 40 + seed, "seed": seed} for seed in range(2 * IN_FLIGHT)]
+REQUESTS = [{"prompt": f"number {seed}", "steps": 84 + seed, "seed": seed} for seed in range(2 * IN_FLIGHT)]
 CROWD = 2000
 CALLERS = 48
 ANSWER_S = 60.0

@@ -37,12 +37,12 @@ class RaggedAttention:
             rotation: Complex64 ``[B or 1, T + S, 1, head / 2]``.
         """
         query, key, value = (
-            project(hidden_states).unflatten(-1, (-1, attn.head_dim)) for project in (attn.to_q, attn.to_k, attn.to_v)
+            project(hidden_states).unflatten(-1, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
         )
         query, key = attn.norm_q(query), attn.norm_k(key)
         if encoder_hidden_states is not None:
             text_query, text_key, text_value = (
-                project(encoder_hidden_states).unflatten(-1, (-1, attn.head_dim))
+                project(encoder_hidden_states).unflatten(-1, (attn.heads, -1))
                 for project in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
             )
             query = torch.cat([attn.norm_added_q(text_query), query], dim=1)

@@ -35,10 +35,14 @@ def build(settings: FluxSettings, device: str, emit: Emit) -> FluxEngine:
         CheckpointError: The folder is missing or incomplete.
     """
     checkpoint = FluxCheckpoint.read(settings.model_path)
-    pipeline = load_pipeline(checkpoint, settings, device)
+    return assemble(load_pipeline(checkpoint, settings, device), checkpoint, settings, emit)
+
+
+def assemble(pipeline: FluxPipeline, checkpoint: FluxCheckpoint, settings: FluxSettings, emit: Emit) -> FluxEngine:
+    """The engine for a pipeline that is on its device already; its transformer's attention is replaced."""
     denoiser = Denoiser(pipeline, max_sequence_length=checkpoint.max_sequence_length)
     decoder = Decoder(pipeline, model=checkpoint.name, keeper=Keeper(settings.save_test_images), emit=emit)
-    log(logger, logging.INFO, "flux loaded", model=checkpoint.name, device=device, dtype=denoiser.dtype)
+    log(logger, logging.INFO, "flux loaded", model=checkpoint.name, device=denoiser.device, dtype=denoiser.dtype)
     return FluxEngine(
         encoder=PromptEncoder(
             pipeline, max_sequence_length=checkpoint.max_sequence_length, cache_bytes=settings.prompt_cache_bytes

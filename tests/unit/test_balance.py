@@ -1,0 +1,93 @@
+"""Which instance of a model takes the next request."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from pathlib import Path
+
+import pytest
+
+from genserve_backend import board as board_module
+from genserve_backend.adapter import balance as balance_module
+from genserve_backend.adapter.balance import Balance
+from genserve_backend.board import Board
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "board"
+
+
+def instance(path: Path, number: int, *, model: str = "flux", has_room: bool = True) -> Balance:
+    balance = Balance(Board(path), model, f"{model}_{number}", lambda: has_room)
+    balance.publish()
+    return balance
+
+
+def test_the_one_with_less_to_do_goes_first(path: Path) -> None:
+    busy, idle = instance(path, 0), instance(path, 1)
+    assert not busy.another_is_freer()
+    busy.set(1, 100.0)
+    assert busy.another_is_freer()
+    assert not idle.another_is_freer()
+    idle.set(2, 40.0)
+    idle.set(3, 70.0)
+    assert idle.another_is_freer()
+    assert not busy.another_is_freer()
+    idle.drop(2)
+    assert busy.another_is_freer()
+
+
+def test_equals_wait_for_nobody(path: Path) -> None:
+    one, other = instance(path, 0), instance(path, 1)
+    one.set(1, 5.0)
+    other.set(1, 5.0)
+    assert not one.another_is_freer()
+    assert not other.another_is_freer()
+
+
+def test_progress_makes_an_instance_freer(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(balance_module, "PUBLISH_S", 0.0)
+    one, other = instance(path, 0), instance(path, 1)
+    one.set(1, 10.0)
+    other.set(1, 10.0)
+    other.set(1, 2.0)
+    assert one.another_is_freer()
+
+
+@pytest.mark.parametrize(
+    ("model", "has_room"), [("rerank", True), ("flux", False)], ids=["another-model", "one-that-is-full"]
+)
+def test_nobody_waits_for(path: Path, model: str, has_room: bool) -> None:
+    busy = instance(path, 0)
+    instance(path, 1, model=model, has_room=has_room)
+    busy.set(1, 1.0)
+    assert not busy.another_is_freer()
+
+
+def test_nobody_waits_for_an_instance_that_has_gone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    busy = instance(path, 0)
+    gone = instance(path, 1)
+    busy.set(1, 1.0)
+    assert busy.another_is_freer()
+    monkeypatch.setattr(board_module, "LOAD_KEPT_S", 0.05)
+    time.sleep(0.1)
+    assert not busy.another_is_freer()
+    gone.publish()
+    assert busy.another_is_freer()
+
+
+def test_a_broken_board_leaves_the_choice_to_triton(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    balance = instance(path, 0)
+    instance(path, 1)
+    monkeypatch.setattr(Board, "set_load", broken)
+    monkeypatch.setattr(Board, "has_freer", broken)
+    balance.set(1, 1.0)
+    assert not balance.another_is_freer()
+    assert len(caplog.records) == 2
