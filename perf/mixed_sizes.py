@@ -27,7 +27,7 @@ MIXES = {
     "two": [(128, 128), (256, 256)],
     "many": [(64, 64), (64, 128), (128, 128), (192, 128), (192, 192), (256, 192), (256, 256)],
 }
-PADDINGS = (0.0, 0.25, 1.0, 4.0)
+PADDINGS = (0.0, 0.25, 0.5, 1.0)
 STEPS = 10
 TIMEOUT_S = 600
 
@@ -77,9 +77,9 @@ def run_one(mix: str, padding: float, requests: int, concurrency: int) -> None:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option("--requests", type=click.IntRange(min=1), default=48, show_default=True)
-@click.option("--concurrency", type=click.IntRange(min=1), default=12, show_default=True)
-@click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Medians count.")
+@click.option("--requests", type=click.IntRange(min=1), default=24, show_default=True)
+@click.option("--concurrency", type=click.IntRange(min=1), default=4, show_default=True)
+@click.option("--repeats", type=click.IntRange(min=1), default=2, show_default=True, help="Medians count.")
 @click.option("--one", type=(click.Choice(list(MIXES)), float), hidden=True)
 def main(requests: int, concurrency: int, repeats: int, one: tuple[str, float] | None) -> None:
     """Compare padding with taking turns, for images of mixed sizes."""

@@ -62,7 +62,7 @@ class FluxSettings(ModelSettings):
     max_gpu_queue_size: Annotated[int, Env("MAX_GPU_QUEUE_SIZE")] = Field(default=4, ge=0, le=1000)
     """Requests that an instance holds beyond those, so that an urgent one can take another one's place."""
     max_padding: float = Field(default=0.25, ge=0, le=10)
-    """Padding tokens for one that is needed, where images of different sizes share a forward; 0 keeps sizes apart."""
+    """Padding tokens for one of an image's own, where sizes share a forward; 0 keeps sizes apart."""
     prompt_cache_bytes: int = Field(default=256 * 2**20, ge=0)
     """Device memory for the embeddings of the last prompts."""
     save_test_images: Annotated[Path | None, Env("SAVE_TEST_IMAGES")] = None

@@ -36,26 +36,25 @@ def choose(running: Sequence[RunnerT], *, tick: int, max_tokens: int, max_paddin
     """The images of the next forward; never none while some run.
 
     The one whose turn it is comes first. With it go those of the same size, and then those of sizes near enough that
-    padding is at most `max_padding` of the tokens that are needed, all of them within `max_tokens`. Whoever is left
-    out moves up: nobody waits for ever.
+    no image is padded by more than `max_padding` of its tokens, all of them within `max_tokens`. Whoever is left out
+    moves up: nobody waits for ever.
 
     Args:
         running: Images that have a place.
         tick: Counts forwards.
         max_tokens: Image tokens of the forward, padding included; one image alone may exceed it.
-        max_padding: Padding tokens for one that is needed; 0 keeps sizes apart.
+        max_padding: Padding tokens for one of an image's own, at most; 0 keeps sizes apart.
     """
     by_turn = sorted(running, key=lambda image: (tick + 1 - image.ran_at) * TURNS[image.level], reverse=True)
     lead = by_turn[0]
     chosen = [lead]
-    longest, rows, needed = lead.tokens, lead.rows, lead.tokens * lead.rows
+    longest, shortest, rows = lead.tokens, lead.tokens, lead.rows
     # Sizes near the lead's first; sorting is stable, so within a size it is still by turn.
     for image in sorted(by_turn[1:], key=lambda image: abs(image.tokens - lead.tokens)):
-        new_longest, new_rows = max(longest, image.tokens), rows + image.rows
-        new_needed = needed + image.tokens * image.rows
-        total = new_longest * new_rows
-        if total <= max_tokens and total <= new_needed * (1 + max_padding):
+        new_longest, new_shortest = max(longest, image.tokens), min(shortest, image.tokens)
+        new_rows = rows + image.rows
+        if new_longest * new_rows <= max_tokens and new_longest <= new_shortest * (1 + max_padding):
             chosen.append(image)
-            longest, rows, needed = new_longest, new_rows, new_needed
+            longest, shortest, rows = new_longest, new_shortest, new_rows
     # A stable order, so that the denoiser's batch is the same one from tick to tick.
     return [image for image in running if image in chosen]

@@ -35,6 +35,7 @@ class Denoiser:
         self._guidance_embeds = bool(self._transformer.config.guidance_embeds)
         self._rotation = lru_cache(ROTATIONS_KEPT)(self._make_rotation)
         self._batch: Batch | None = None
+        self._queued: torch.cuda.Event | None = None
 
     def noise(self, image: Image) -> torch.Tensor:
         """The latents that an image starts from, packed ``[tokens, 64]``: FluxPipeline's for the same seed.
@@ -62,7 +63,21 @@ class Denoiser:
         velocities = self._velocities(batch)
         latents = batch.advance(velocities)
         self._batch = batch
+        self._keep_pace()
         return batch.cut(latents, velocities)
+
+    def _keep_pace(self) -> None:
+        """Wait for the step before this one.
+
+        A GPU only queues work: without an end to that, newcomers and cancellations would wait for all of it. One step
+        ahead is enough to keep it busy.
+        """
+        if self.device.type != "cuda":
+            return
+        if self._queued:
+            self._queued.synchronize()
+        self._queued = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._queued.record()
 
     def _velocities(self, batch: Batch) -> torch.Tensor:
         """The transformer's answer for each image, ``[images, tokens, 64]``, guidance included."""
