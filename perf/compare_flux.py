@@ -6,6 +6,7 @@ below what the project promises.
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
@@ -30,10 +31,11 @@ CHECKPOINT = HERE.parent / "demo" / "flux"
 OURS = "genserve"
 ROWS = {
     OURS: "GenServe, through Triton (gRPC)",
-    "engine": "GenServe's engine, in-process",
+    "engine": "GenServe's engines, without Triton",
     "lock": "(a) FluxPipeline behind a global lock",
     "pool": "(b) a pool of pipelines, one thread each",
     "static": "(c) static batches of equal settings",
+    "fleet": "(c) in a process for each CPU",
 }
 PROMISES = {"lock": 1.8, "pool": 1.8, "static": 1.2, "engine": 0.95}
 """Images per second of ours, at least so many times the other's."""
@@ -62,8 +64,12 @@ class Result:
 
 @contextmanager
 def serving(log: Path) -> Iterator[Client]:
-    """A server of its own, with the settings that it has by default."""
-    with own_server(("flux",), log=log) as addresses, Client(addresses["grpc"], timeout=CONTENDER_TIMEOUT_S) as client:
+    """A server of its own: like the pool of pipelines, it gets an instance with one thread for each CPU."""
+    environment = {"FLUX_WORKERS": str(os.cpu_count() or 1), "OMP_NUM_THREADS": "1"}
+    with (
+        own_server(("flux",), log=log, environment=environment) as addresses,
+        Client(addresses["grpc"], timeout=CONTENDER_TIMEOUT_S) as client,
+    ):
         yield client
 
 

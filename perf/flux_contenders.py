@@ -7,13 +7,13 @@ They answer calls of their own process, with no server in front, and so have an 
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -22,13 +22,12 @@ import torch
 from diffusers import FluxPipeline
 from flux_load import Load, Request, Timing, drive
 
+from genserve_backend.errors import RequestError
 from genserve_backend.flux.checkpoint import FluxCheckpoint
-from genserve_backend.flux.load import build
-from genserve_backend.flux.request import FluxRequest, parse
+from genserve_backend.flux.request import parse
 from genserve_backend.settings import FluxSettings
-from genserve_backend.worker.messages import Done, Event, Failed, Submit
-
-SEQUENCE_LENGTH_FILE = "tokenizer_2/tokenizer_config.json"
+from genserve_backend.worker.messages import Start
+from genserve_backend.worker.supervisor import Supervisor
 
 
 class Pipeline:
@@ -88,81 +87,136 @@ def pool(checkpoint: FluxCheckpoint, load: Load) -> Callable[[Request], object]:
     return lambda request: threads.submit(work, request).result()
 
 
-def static_batches(checkpoint: FluxCheckpoint, load: Load) -> Callable[[Request], object]:
-    """One pipeline; the oldest request goes with all that wait and have the same settings, and they end together."""
-    pipeline = Pipeline(checkpoint)
-    waiting: list[tuple[Request, Future[bytes]]] = []
-    changed = threading.Condition()
+class Waiting:
+    """Requests in the order they came, taken in batches of equal settings."""
 
-    def work() -> None:
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._requests: list[tuple[Request, Future[bytes]]] = []
+
+    def call(self, request: Request) -> bytes:
+        """Wait for an image."""
+        answer: Future[bytes] = Future()
+        with self._changed:
+            self._requests.append((request, answer))
+            self._changed.notify()
+        return answer.result()
+
+    def serve(self, work: Callable[[list[Request]], list[bytes]]) -> None:
+        """For ever: the oldest request goes with all that wait and have the same settings, and they end together."""
         while True:
-            with changed:
-                changed.wait_for(lambda: waiting)
-                batch = [each for each in waiting if each[0].steps == waiting[0][0].steps]
-                waiting[:] = [each for each in waiting if each not in batch]
-            images = pipeline([request for request, _ in batch], load.size)
+            with self._changed:
+                self._changed.wait_for(lambda: self._requests)
+                steps = self._requests[0][0].steps
+                batch = [each for each in self._requests if each[0].steps == steps]
+                self._requests = [each for each in self._requests if each[0].steps != steps]
+            images = work([request for request, _ in batch])
             for (_, answer), image in zip(batch, images, strict=True):
                 answer.set_result(image)
 
-    threading.Thread(target=work, daemon=True).start()
+
+def static_batches(checkpoint: FluxCheckpoint, load: Load) -> Callable[[Request], object]:
+    """One pipeline with all CPU threads."""
+    waiting, pipeline = Waiting(), Pipeline(checkpoint)
+    threading.Thread(target=waiting.serve, args=[lambda batch: pipeline(batch, load.size)], daemon=True).start()
+    return waiting.call
+
+
+_own: dict[str, Pipeline] = {}
+
+
+def _load_own(checkpoint: FluxCheckpoint) -> None:
+    torch.set_num_threads(1)
+    _own["pipeline"] = Pipeline(checkpoint)
+
+
+def _run_own(batch: list[Request], size: int) -> list[bytes]:
+    return _own["pipeline"](batch, size)
+
+
+def static_fleet(checkpoint: FluxCheckpoint, load: Load) -> Callable[[Request], object]:
+    """A process with a pipeline and one thread for each CPU; they take their batches from one queue."""
+    waiting = Waiting()
+    count = os.cpu_count() or 1
+    spawn = multiprocessing.get_context("spawn")
+    for _ in range(count):
+        process = ProcessPoolExecutor(1, mp_context=spawn, initializer=_load_own, initargs=(checkpoint,))
+
+        def work(batch: list[Request], process: ProcessPoolExecutor = process) -> list[bytes]:
+            return process.submit(_run_own, batch, load.size).result()
+
+        threading.Thread(target=waiting.serve, args=[work], daemon=True).start()
+    return waiting.call
+
+
+class EngineTask:
+    """A request on its way through an engine's worker; a `worker.supervisor.Task`."""
+
+    def __init__(self, task_id: str) -> None:
+        self.task_id = task_id
+        self.answer: Future[Any] = Future()
+
+    def is_cancelled(self) -> bool:
+        """Never."""
+        return False
+
+    def on_progress(self, step: int, steps: int, preview: bytes) -> None:
+        """Nobody looks."""
+
+    def on_done(self, result: Any) -> None:
+        """The image."""
+        self.answer.set_result(result)
+
+    def on_failed(self, error: RequestError) -> None:
+        """The error."""
+        self.answer.set_exception(error)
+
+
+def engines(checkpoint: FluxCheckpoint, load: Load) -> Callable[[Request], object]:
+    """GenServe's engines and their workers without a server in front: one with one thread for each CPU."""
+    settings = FluxSettings(model_path=checkpoint.path, threads=1)
+    count = os.cpu_count() or 1
+    supervisors = [
+        Supervisor(Start("genserve_backend.flux.load:build", settings, "cpu", f"flux_{index}"))
+        for index in range(count)
+    ]
+    for supervisor in supervisors:
+        supervisor.start()
+    in_flight = [0] * count
+    lock = threading.Lock()
+    size = {"HEIGHT": load.size, "WIDTH": load.size}
 
     def call(request: Request) -> object:
-        answer: Future[bytes] = Future()
-        with changed:
-            waiting.append((request, answer))
-            changed.notify()
-        return answer.result()
+        values = {"PROMPT": request.prompt, "STEPS": request.steps, "SEED": request.seed}
+        parsed = parse(values | size, checkpoint, max_pixels=2**28)
+        with lock:
+            index = in_flight.index(min(in_flight))
+            in_flight[index] += 1
+        task = EngineTask(str(request.seed))
+        supervisors[index].submit(task, parsed, deadline=time.monotonic() + 600)
+        try:
+            return task.answer.result()
+        finally:
+            with lock:
+                in_flight[index] -= 1
 
     return call
 
 
-@dataclass
-class InProcess:
-    """GenServe's engine without a server: it runs in the main thread, as in a worker."""
-
-    checkpoint: FluxCheckpoint
-    load: Load
-
-    def run(self) -> None:
-        """Drive it from another thread, print the result, and end the process."""
-        events: SimpleQueue[Event] = SimpleQueue()
-        self._answers: dict[int, Future[Any]] = {}
-        self._engine = build(FluxSettings(model_path=self.checkpoint.path), "cpu", events.put)
-        self._events = events
-        threading.Thread(target=self._hear, daemon=True).start()
-        threading.Thread(target=self._drive, daemon=True).start()
-        self._engine.run()
-
-    def _hear(self) -> None:
-        while True:
-            event = self._events.get()
-            if isinstance(event, Done):
-                self._answers[event.job].set_result(event.result)
-            elif isinstance(event, Failed):
-                self._answers[event.job].set_exception(event.error)
-
-    def _call(self, request: Request) -> object:
-        job = request.seed
-        answer = self._answers[job] = Future()
-        submit = Submit(job, str(job), self._parse(request), time.monotonic() + 600)
-        self._engine.submit(submit)
-        return answer.result()
-
-    def _parse(self, request: Request) -> FluxRequest:
-        values = {"PROMPT": request.prompt, "STEPS": request.steps, "SEED": request.seed}
-        size = {"HEIGHT": self.load.size, "WIDTH": self.load.size}
-        return parse(values | size, self.checkpoint, max_pixels=2**28)
-
-    def _drive(self) -> None:
-        finish(drive(self._call, self.load))
-
-
-CONTENDERS = {"lock": global_lock, "pool": pool, "static": static_batches}
+CONTENDERS = {
+    "engine": engines,
+    "lock": global_lock,
+    "pool": pool,
+    "static": static_batches,
+    "fleet": static_fleet,
+}
 
 
 def finish(timing: Timing) -> None:
-    """Print the result and end the process, whatever its other threads do."""
+    """Print the result and end the process with its children, whatever its other threads do."""
     print(timing.to_json(), flush=True)
+    for child in multiprocessing.active_children():
+        child.kill()
     os._exit(0)
 
 
@@ -170,10 +224,7 @@ def main(name: str, checkpoint_path: str, load_path: str) -> None:
     """Run one contender."""
     checkpoint = FluxCheckpoint.read(Path(checkpoint_path))
     load = Load.from_json(Path(load_path).read_text(encoding="utf-8"))
-    if name == "engine":
-        InProcess(checkpoint, load).run()
-    else:
-        finish(drive(CONTENDERS[name](checkpoint, load), load))
+    finish(drive(CONTENDERS[name](checkpoint, load), load))
 
 
 if __name__ == "__main__":

@@ -25,12 +25,15 @@ Addresses = Mapping[str, str]
 
 
 @contextmanager
-def own_server(models: tuple[str, ...], *, log: Path) -> Iterator[Addresses]:
+def own_server(
+    models: tuple[str, ...], *, log: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[Addresses]:
     """Serve on free ports inside the block, and stop the server whatever happens in it.
 
     Args:
         models: What to serve.
         log: File that the server's log is copied to, as its own folder is temporary.
+        environment: What the server gets beside this process's own.
 
     Raises:
         ServeError: It did not get ready.
@@ -41,7 +44,7 @@ def own_server(models: tuple[str, ...], *, log: Path) -> Iterator[Addresses]:
     with tempfile.TemporaryDirectory(prefix="genserve-perf-") as state:
         errors = Path(state) / "errors.txt"
         with errors.open("wb") as file:
-            starter = _genserve(command, state, errors=file)
+            starter = _genserve(command, state, errors=file, environment=environment)
         try:
             if starter.wait():
                 raise ServeError(f"the server did not start: {_last_line(errors)}; its log is {log}")
@@ -59,10 +62,16 @@ def _last_line(errors: Path) -> str:
     return line.removeprefix("genserve: ").partition(" (log: ")[0]
 
 
-def _genserve(arguments: list[str], state: str, *, errors: IO[bytes] | int = subprocess.DEVNULL) -> Process:
+def _genserve(
+    arguments: list[str],
+    state: str,
+    *,
+    errors: IO[bytes] | int = subprocess.DEVNULL,
+    environment: Mapping[str, str] | None = None,
+) -> Process:
     return subprocess.Popen(
         [sys.executable, "-m", "genserve", *arguments],
-        env={**os.environ, "GENSERVE_STATE_DIR": state},
+        env={**os.environ, **(environment or {}), "GENSERVE_STATE_DIR": state},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=errors,

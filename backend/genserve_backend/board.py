@@ -27,6 +27,8 @@ LOAD_KEPT_S = 5.0
 """Seconds after which an instance that no longer says how busy it is counts as gone."""
 LISTED = 1_000
 """Tasks that one listing shows, at most."""
+TIDY_S = 1.0
+"""Seconds between two looks for what is too old to be kept."""
 LOCK_TIMEOUT_S = 10.0
 """Seconds that a process waits for another one's write."""
 
@@ -74,6 +76,7 @@ class Board:
         path = path or default_path()
         path.touch(mode=0o600)
         self._lock = threading.Lock()
+        self._tidied = 0.0
         self._db = sqlite3.connect(path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
         # The board dies with its server: nothing needs to survive a power cut, but every process a neighbour's kill.
         _write_ahead(self._db)
@@ -198,6 +201,9 @@ class Board:
         return [_as_dict(row) for row in rows]
 
     def _tidy(self, now: float) -> None:
+        if now - self._tidied < TIDY_S:
+            return
+        self._tidied = now
         self._db.execute(
             f"DELETE FROM tasks WHERE {FINISHED} AND (changed < ? OR key <= (SELECT max(key) FROM tasks) - ?)",  # noqa: S608
             (now - FINISHED_KEPT_S, FINISHED_KEPT),

@@ -158,6 +158,7 @@ def test_early_cancellations_are_bounded(board: Board, add: Add, monkeypatch: py
 
 
 def test_finished_tasks_are_forgotten_in_time(board: Board, add: Add, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(board_module, "TIDY_S", 0.0)
     for task_id, ended in {"a": "done", "b": "failed", "c": "cancelled"}.items():
         board.finish(add(task_id), ended)
     add("waiting")
@@ -168,6 +169,7 @@ def test_finished_tasks_are_forgotten_in_time(board: Board, add: Add, monkeypatc
 
 
 def test_finished_tasks_are_bounded(board: Board, add: Add, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(board_module, "TIDY_S", 0.0)
     monkeypatch.setattr(board_module, "FINISHED_KEPT", 3)
     first = add("first")
     for number in range(10):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 from genserve_backend.board import Board
 
-PUBLISH_S = 0.25
+PUBLISH_S = 0.5
 """Seconds between two notes of an instance's progress."""
 
 logger = logging.getLogger(__name__)

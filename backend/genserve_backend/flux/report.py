@@ -20,10 +20,10 @@ from genserve_backend.flux.preview import Previewer
 from genserve_backend.worker.engine import Emit, Pulse
 from genserve_backend.worker.messages import Beat
 
-PROGRESS_S = 0.25
+PROGRESS_S = 0.5
 """Seconds between two reports of an image's progress."""
 STAGES = ("encode_seconds", "denoise_seconds")
-PREVIEW_S = 0.5
+PREVIEW_S = 1.0
 """Seconds between two previews of an image."""
 
 logger = logging.getLogger(__name__)
