@@ -30,7 +30,7 @@ from genserve_backend.worker.supervisor import Supervisor, WorkerStartError
 
 MAX_TASK_ID_CHARACTERS = 256
 BOARD_POLL_S = 0.1
-BALANCE_POLL_S = 0.01
+BALANCE_POLL_S = 0.02
 LEVEL_PARAMETER = "priority_level"
 """The request parameter for a request's urgency inside the engine, 1 to 3."""
 
