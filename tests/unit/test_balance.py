@@ -25,18 +25,29 @@ def instance(path: Path, number: int, *, model: str = "flux", has_room: bool = T
     return balance
 
 
-def test_the_one_with_less_to_do_goes_first(path: Path) -> None:
+def test_an_idle_one_goes_first(path: Path) -> None:
     busy, idle = instance(path, 0), instance(path, 1)
     assert not busy.another_is_freer()
     busy.set(1, 100.0)
     assert busy.another_is_freer()
     assert not idle.another_is_freer()
-    idle.set(2, 40.0)
-    idle.set(3, 70.0)
-    assert idle.another_is_freer()
+    idle.set(2, 1.0)
     assert not busy.another_is_freer()
     idle.drop(2)
     assert busy.another_is_freer()
+
+
+def test_one_that_has_more_to_do_by_more_than_a_request_waits(path: Path) -> None:
+    one, other = instance(path, 0), instance(path, 1)
+    other.set(1, 10.0)
+    for key in range(2):
+        one.set(key, 10.0)
+    assert not one.another_is_freer()
+    one.set(2, 10.0)
+    assert one.another_is_freer()
+    assert not other.another_is_freer()
+    one.drop(0)
+    assert not one.another_is_freer()
 
 
 def test_equals_wait_for_nobody(path: Path) -> None:
@@ -50,9 +61,12 @@ def test_equals_wait_for_nobody(path: Path) -> None:
 def test_progress_makes_an_instance_freer(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(balance_module, "PUBLISH_S", 0.0)
     one, other = instance(path, 0), instance(path, 1)
-    one.set(1, 10.0)
-    other.set(1, 10.0)
-    other.set(1, 2.0)
+    for balance in (one, other):
+        balance.set(1, 10.0)
+        balance.set(2, 10.0)
+    assert not one.another_is_freer()
+    other.set(1, 3.0)
+    other.set(2, 6.0)
     assert one.another_is_freer()
 
 

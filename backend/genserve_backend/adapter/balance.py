@@ -1,13 +1,15 @@
 """Which instance takes the next request: the one with the least work before it.
 
-Triton gives a request to the instance that has been waiting longest for one, idle or not. So an instance that has more
-to do than another one stays in its ``execute()`` until that is no longer so.
+Triton gives a request to the instance that has been waiting longest for one, idle or not. So an instance with work
+stays in its ``execute()`` while another one is idle, or has less to do by more than a request's work. Without that
+margin instances would take turns one request at a time, each waiting for the other's note on the board.
 """
 
 from __future__ import annotations
 
 import logging
 import sqlite3
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -40,12 +42,16 @@ class Balance:
         self._work: dict[int, float] = {}
         self._has_room = has_room
         self._published = 0.0
+        self._margin = 0.0
+        """Work of the last request that came."""
 
     def set(self, key: int, work: float) -> None:
         """Note what is left to do for a request."""
         with self._lock:
             is_new = key not in self._work
             self._work[key] = work
+            if is_new:
+                self._margin = work
         if is_new or time.monotonic() - self._published >= PUBLISH_S:
             self.publish()
 
@@ -65,8 +71,13 @@ class Balance:
 
     def another_is_freer(self) -> bool:
         """Whether another instance should take the next request."""
+        load = self._load()
+        if not load:
+            return False
         try:
-            return self._board.has_freer(self._instance, model=self._model, load=self._load())
+            return self._board.has_freer(
+                self._instance, model=self._model, load=max(load - self._margin, sys.float_info.min)
+            )
         except sqlite3.Error:
             logger.exception("board could not be read")
             return False
