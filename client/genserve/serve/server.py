@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -49,7 +48,8 @@ class Server:
         self._options = options
         self._on_ready = on_ready
         self._state = ServerState.of(options.http_port)
-        self._stopping = threading.Event()
+        # Plain values: a signal handler that takes the lock of an Event waits for ever when the main thread has it.
+        self._stop_signal: int | None = None
         self._stopping_since = 0.0
 
     def run(self) -> None:
@@ -84,7 +84,7 @@ class Server:
         log(logger, logging.INFO, "starting", triton=triton.source, repository=self._options.repository)
         was_ready = False
         failed_starts = 0
-        while not self._stopping.is_set():
+        while not self._is_stopping:
             try:
                 cause = self._serve_once(triton)
             except ServeError as error:
@@ -92,10 +92,10 @@ class Server:
                 if not was_ready or failed_starts == MAX_FAILED_STARTS:
                     raise
                 cause = str(error)
-                self._stopping.wait(FAILED_START_PAUSE_S)
+                self._pause(FAILED_START_PAUSE_S)
             else:
                 was_ready, failed_starts = True, 0
-            if not self._stopping.is_set():
+            if not self._is_stopping:
                 log(logger, logging.ERROR, "restarting", cause=cause)
         log(logger, logging.INFO, "stopped")
 
@@ -108,7 +108,7 @@ class Server:
         try:
             started = time.monotonic()
             self._wait_ready(process)
-            if self._stopping.is_set():
+            if self._is_stopping:
                 return None
             self._state.write(self._options, ready=True)
             log(logger, logging.INFO, "ready", models=",".join(models), seconds=time.monotonic() - started)
@@ -119,22 +119,35 @@ class Server:
                 drain_s = LOSS_DRAIN_S
             return cause
         finally:
+            if self._stop_signal is not None:
+                log(logger, logging.INFO, "stopping", signal=signal.Signals(self._stop_signal).name)
             process.stop(drain_s)
 
     def _wait_ready(self, process: TritonProcess) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not self._stopping.is_set() and not process.poll_ready():
+        while not self._is_stopping and not process.poll_ready():
             if time.monotonic() > deadline:
                 raise ServeError(f"the server was not ready within {START_TIMEOUT_S:g} s; its log says why")
-            self._stopping.wait(POLL_S)
+            self._pause(POLL_S)
 
     def _watch(self, process: TritonProcess) -> str | None:
         """Wait until something dies, and name it; None when the server was told to stop."""
-        while not self._stopping.wait(POLL_S):
+        while not self._pause(POLL_S):
             cause = process.what_died()
             if cause:
                 return cause
         return None
+
+    def _pause(self, seconds: float) -> bool:
+        """Sleep, but not much longer than it takes to be told to stop; whether that is so."""
+        until = time.monotonic() + seconds
+        while not self._is_stopping and time.monotonic() < until:
+            time.sleep(POLL_S)
+        return self._is_stopping
+
+    @property
+    def _is_stopping(self) -> bool:
+        return self._stop_signal is not None
 
     def _clean(self) -> None:
         shutil.rmtree(self._state.repository, ignore_errors=True)
@@ -143,10 +156,8 @@ class Server:
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         now = time.monotonic()
-        if not self._stopping.is_set():
-            log(logger, logging.INFO, "stopping", signal=signal.Signals(number).name)
-            self._stopping_since = now
-            self._stopping.set()
+        if self._stop_signal is None:
+            self._stop_signal, self._stopping_since = number, now
         elif number == signal.SIGINT and now - self._stopping_since > SAME_CTRL_C_S:
             raise KeyboardInterrupt  # a second Ctrl-C does not wait for requests in flight
 
