@@ -28,6 +28,8 @@ from genserve.serve.options import ServeError
 HANG_TIMEOUT_S = 5.0
 FAULTS = {"killed (SIGKILL)": signal.SIGKILL, f"stopped (SIGSTOP), given up after {HANG_TIMEOUT_S:g} s": signal.SIGSTOP}
 TIMEOUT_S = 240.0
+MARK = str(os.getpid())
+"""In the environment of everything that this run starts."""
 
 
 def flux_worker() -> psutil.Process:
@@ -37,9 +39,6 @@ def flux_worker() -> psutil.Process:
         if "genserve_backend.worker.process" in line and (process.info["environ"] or {}).get("GENSERVE_PERF") == MARK:
             return process
     raise ServeError("there is no worker")
-
-
-MARK = str(os.getpid())
 
 
 def images_differ(one: Image.Image, other: Image.Image) -> bool:

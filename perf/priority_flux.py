@@ -6,7 +6,6 @@ when the mean is above what the project promises.
 
 from __future__ import annotations
 
-import itertools
 import random
 import statistics
 import sys
@@ -123,7 +122,7 @@ def measure(table: Table, name: str, low_steps: tuple[int, ...], *, callers: int
         crowd = Crowd(client, callers, low_steps)
         time.sleep(SETTLE_S)
         high = []
-        for index in itertools.islice(itertools.count(), urgent):
+        for index in range(urgent):
             high.append(ask(client, steps, "high", f"urgent {index}"))
             time.sleep(PAUSE_S)
         crowd.finish()
