@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo/flux/model_index.json: demo/make_flux.py | $(STAMP)
-	@$(BIN)/python demo/make_flux.py --force
+	@$(BIN)/python demo/make_flux.py --output demo/flux --force
 	@touch $@
 
 demo/rerank/config.json: | $(STAMP)

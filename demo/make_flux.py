@@ -1,7 +1,7 @@
 """Writes a tiny FLUX checkpoint: the real architecture and folder layout, random weights, a few megabytes.
 
-It is for the demo and the tests, which need something that every FLUX tool loads and that a CPU runs in under a second.
-The images are abstract patterns that follow the prompt's text and the seed, not pictures of what the prompt says.
+It is for tests that want a variant the trained one does not have, such as schnell. The images are abstract patterns
+that follow the prompt's text and the seed, not pictures of what the prompt says. `train_flux.py` makes those.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -32,8 +33,6 @@ from transformers import (
     T5EncoderModel,
 )
 from transformers.utils import logging as transformers_logging
-
-DEFAULT_OUTPUT = Path(__file__).resolve().parent / "flux"
 
 # Two numbers that GenServe reads from a checkpoint: the native image size and the longest prompt in T5 tokens.
 NATIVE_SIZE = 128
@@ -71,12 +70,8 @@ CAPTIONS = (
     "a whale flying over the mountains, digital art, high quality",
     "low quality, blurry, bad anatomy, watermark, text",
 )
-
-
-def words() -> list[str]:
-    """The distinct words of the captions, in order of first appearance."""
-    text = " ".join(CAPTIONS).replace(",", " ")
-    return list(dict.fromkeys(text.split()))
+WORDS = tuple(dict.fromkeys(" ".join(CAPTIONS).replace(",", " ").split()))
+"""What the tokenizers know by default."""
 
 
 def joined(symbols: list[str], pair: tuple[str, str]) -> list[str]:
@@ -104,26 +99,26 @@ def learn_merges(vocabulary: Sequence[str]) -> list[tuple[str, str]]:
     return merges
 
 
-def clip_tokenizer() -> CLIPTokenizer:
-    """A byte-level BPE tokenizer like CLIP's, with merges learnt from the captions' words.
+def clip_tokenizer(words: Sequence[str] = WORDS) -> CLIPTokenizer:
+    """A byte-level BPE tokenizer like CLIP's, with merges learnt from the words.
 
     Every byte is a token, alone and at the end of a word, so there is no text that it cannot encode.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = learn_merges(words())
+    merges = learn_merges(words)
     # The same order as in CLIP's vocabulary: bytes, bytes that end a word, merges, the two special tokens.
     tokens = [*alphabet, *(character + "</w>" for character in alphabet), *map("".join, merges), CLIP_START, CLIP_END]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CLIP_LENGTH)
 
 
-def t5_tokenizer() -> PreTrainedTokenizerFast:
-    """A unigram tokenizer like T5's, with the captions' words and byte fallback for everything else.
+def t5_tokenizer(words: Sequence[str] = WORDS, *, max_length: int = MAX_SEQUENCE_LENGTH) -> PreTrainedTokenizerFast:
+    """A unigram tokenizer like T5's, with the words and byte fallback for everything else.
 
     The class is not T5Tokenizer because transformers 5 rebuilds that one without byte fallback when it loads a folder.
     """
     special = [(T5_PAD, 0.0), (T5_END, 0.0), (T5_UNKNOWN, 0.0)]
-    pieces = [(f"\u2581{word}", -6.0) for word in words()]
+    pieces = [(f"\u2581{word}", -6.0) for word in words]
     characters = [(chr(code), -9.0) for code in range(ord("!"), ord("~") + 1)]
     fallback = [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
     vocabulary = [*special, ("\u2581", -7.0), *pieces, *characters, *fallback]
@@ -137,7 +132,7 @@ def t5_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {T5_END}", special_tokens=[(T5_END, 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        model_max_length=MAX_SEQUENCE_LENGTH,
+        model_max_length=max_length,
         pad_token=T5_PAD,
         eos_token=T5_END,
         unk_token=T5_UNKNOWN,
@@ -277,6 +272,19 @@ def flux_scheduler(*, schnell: bool) -> FlowMatchEulerDiscreteScheduler:
     )
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What a FLUX checkpoint consists of."""
+
+    scheduler: FlowMatchEulerDiscreteScheduler
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    tokenizer_2: PreTrainedTokenizerFast
+    text_encoder_2: T5EncoderModel
+    transformer: FluxTransformer2DModel
+    vae: AutoencoderKL
+
+
 def write_index(folder: Path) -> None:
     """Write model_index.json, which names the class of each part.
 
@@ -318,23 +326,36 @@ def write_clip_encoder(folder: Path, model: CLIPTextModel) -> None:
     save_file(weights, path, metadata={"format": "pt"})
 
 
-def write_checkpoint(folder: Path, *, seed: int, schnell: bool) -> None:
-    """Write all parts into `folder`; the caller's random state is left as it was."""
-    tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
-    write_tokenizers(folder, tokenizer, tokenizer_2)
-    flux_scheduler(schnell=schnell).save_pretrained(folder / "scheduler")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(FIRST_SEED + seed)
-        write_clip_encoder(folder / "text_encoder", clip_encoder(tokenizer))
-        t5_encoder(tokenizer_2).save_pretrained(folder / "text_encoder_2")
-        flux_vae().save_pretrained(folder / "vae")
-        flux_transformer(guidance_embeds=not schnell).save_pretrained(folder / "transformer")
+def write_checkpoint(folder: Path, parts: Parts) -> None:
+    """Write all parts into `folder`."""
+    write_tokenizers(folder, parts.tokenizer, parts.tokenizer_2)
+    write_clip_encoder(folder / "text_encoder", parts.text_encoder)
+    parts.scheduler.save_pretrained(folder / "scheduler")
+    parts.text_encoder_2.save_pretrained(folder / "text_encoder_2")
+    parts.vae.save_pretrained(folder / "vae")
+    parts.transformer.save_pretrained(folder / "transformer")
     write_index(folder)
     # Weights are written for their owner alone; a server in a container often runs as someone else.
     mode = (folder / "model_index.json").stat().st_mode
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(mode)
+
+
+def random_parts(*, seed: int, schnell: bool) -> Parts:
+    """Parts with random weights; the caller's random state is left as it was."""
+    tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(FIRST_SEED + seed)
+        return Parts(
+            scheduler=flux_scheduler(schnell=schnell),
+            tokenizer=tokenizer,
+            text_encoder=clip_encoder(tokenizer),
+            tokenizer_2=tokenizer_2,
+            text_encoder_2=t5_encoder(tokenizer_2),
+            vae=flux_vae(),
+            transformer=flux_transformer(guidance_embeds=not schnell),
+        )
 
 
 @contextlib.contextmanager
@@ -368,13 +389,13 @@ def make_flux(output: Path, *, seed: int = 0, schnell: bool = False) -> None:
         FileExistsError: `output` holds something that is not a checkpoint.
     """
     with staged(output, marker="model_index.json") as folder:
-        write_checkpoint(folder, seed=seed, schnell=schnell)
+        write_checkpoint(folder, random_parts(seed=seed, schnell=schnell))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description="Write a tiny FLUX checkpoint with random weights.")
-    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="the folder to write (default: demo/flux)")
+    parser.add_argument("--output", type=Path, required=True, help="the folder to write")
     parser.add_argument("--seed", type=int, default=0, help="decides the weights (default: 0)")
     parser.add_argument("--schnell", action="store_true", help="write the variant that is like FLUX.1-schnell")
     parser.add_argument("--force", action="store_true", help="replace an earlier checkpoint")

@@ -1,4 +1,4 @@
-"""Draws the README's picture from a running server: prompts and the images that the served checkpoint makes of them.
+"""Draws the README's picture from a running server: prompts and the images that the demo's FLUX makes of them.
 
 ``python demo/picture.py [--url HOST:PORT] [--output docs/images/demo.png]``
 """
@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
@@ -14,28 +16,35 @@ from genserve import Client
 
 PROMPTS = (
     "a red circle on a blue background",
-    "a green square on a white background",
-    "a yellow triangle above a black line",
-    "two small circles, one of them purple",
+    "a large green star on a yellow background",
+    "a small orange heart on black",
+    "a purple triangle in the top left corner on white",
+    "a yellow square to the left of a white circle on a purple background",
+    "a black heart above a large red square on a cyan background",
+    "a small pink triangle below a green cross on black",
+    "an orange circle to the right of a blue star on white",
 )
-SIZE = 256
+COLUMNS = 4
+SIZE = 192
 """Pixels of one image in the picture; the images are made at the checkpoint's native size."""
-CAPTION = 28
+CAPTION = 44
 MARGIN = 8
 
 
-def draw(url: str, output: Path, *, seed: int = 7, steps: int = 20) -> None:
-    """Make the images and write the picture."""
-    width = len(PROMPTS) * (SIZE + MARGIN) + MARGIN
-    picture = Image.new("RGB", (width, SIZE + CAPTION + 2 * MARGIN), "white")
+def draw(url: str, output: Path, *, seed: int, steps: int) -> None:
+    """Make the images, all at once, and write the picture."""
+    with Client(url) as client, ThreadPoolExecutor(len(PROMPTS)) as pool:
+        images = list(pool.map(lambda prompt: client.generate(prompt, seed=seed, steps=steps).image, PROMPTS))
+    rows = -(-len(PROMPTS) // COLUMNS)
+    picture = Image.new("RGB", (COLUMNS * (SIZE + MARGIN) + MARGIN, rows * (SIZE + CAPTION + MARGIN) + MARGIN), "white")
     pen = ImageDraw.Draw(picture)
     font = ImageFont.load_default(13)
-    with Client(url) as client:
-        for column, prompt in enumerate(PROMPTS):
-            image = client.generate(prompt, seed=seed, steps=steps).image.resize((SIZE, SIZE), Image.Resampling.LANCZOS)
-            left = MARGIN + column * (SIZE + MARGIN)
-            picture.paste(image, (left, MARGIN))
-            pen.text((left + SIZE / 2, SIZE + MARGIN + CAPTION / 2), prompt, fill="black", font=font, anchor="mm")
+    for index, (prompt, image) in enumerate(zip(PROMPTS, images, strict=True)):
+        row, column = divmod(index, COLUMNS)
+        left, top = MARGIN + column * (SIZE + MARGIN), MARGIN + row * (SIZE + CAPTION + MARGIN)
+        picture.paste(image.resize((SIZE, SIZE), Image.Resampling.LANCZOS), (left, top))
+        middle = left + SIZE / 2, top + SIZE + CAPTION / 2
+        pen.multiline_text(middle, textwrap.fill(prompt, 29), fill="black", font=font, anchor="mm", align="center")
     output.parent.mkdir(parents=True, exist_ok=True)
     picture.save(output, optimize=True)
 
@@ -45,8 +54,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--url", default="localhost:8001")
     parser.add_argument("--output", type=Path, default=Path("docs/images/demo.png"))
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=20)
     arguments = parser.parse_args()
-    draw(arguments.url, arguments.output)
+    draw(arguments.url, arguments.output, seed=arguments.seed, steps=arguments.steps)
 
 
 if __name__ == "__main__":

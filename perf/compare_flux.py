@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import NoReturn
 
 import click
-from flux_load import STEPS, Load, Request, Timing, drive
-from perf_server import own_server
 from rich.console import Console
 from rich.table import Table
 
+from flux_load import STEPS, Load, Request, Timing, drive
 from genserve import Client, GenServeError
 from genserve.serve.options import ServeError
+from perf_server import own_server
 
 HERE = Path(__file__).parent
 CHECKPOINT = HERE.parent / "demo" / "flux"

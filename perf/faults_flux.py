@@ -17,13 +17,13 @@ from pathlib import Path
 import click
 import numpy as np
 import psutil
-from perf_server import own_server
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
 from genserve import Client, GeneratedImage, GenServeError
 from genserve.serve.options import ServeError
+from perf_server import own_server
 
 HANG_TIMEOUT_S = 5.0
 FAULTS = {"killed (SIGKILL)": signal.SIGKILL, f"stopped (SIGSTOP), given up after {HANG_TIMEOUT_S:g} s": signal.SIGSTOP}

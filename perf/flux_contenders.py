@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from diffusers import FluxPipeline
-from flux_load import Load, Request, Timing, drive
 
+from flux_load import Load, Request, Timing, drive
 from genserve_backend.errors import RequestError
 from genserve_backend.flux.checkpoint import FluxCheckpoint
 from genserve_backend.flux.request import parse

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import click
-from flux_load import STEPS
-from perf_server import own_server
 from rich.console import Console
 from rich.table import Table
 
+from flux_load import STEPS
 from genserve import Client, GenServeError
 from genserve.serve.options import ServeError
+from perf_server import own_server
 
 PROMISE = 1.3
 SETTLE_S = 5.0

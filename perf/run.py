@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import NoReturn
 
 import click
-from perf_binary import Binary, find
-from perf_report import PROTOCOLS, Failure, csv_path, first_error, merge, read_all, summary
-from perf_server import Addresses, own_server
 from rich.console import Console
 
 from genserve.serve.options import ServeError
+from perf_binary import Binary, find
+from perf_report import PROTOCOLS, Failure, csv_path, first_error, merge, read_all, summary
+from perf_server import Addresses, own_server
 
 HERE = Path(__file__).parent
 REQUESTS = {"flux": 12, "rerank": 30}

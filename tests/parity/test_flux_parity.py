@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,8 +13,6 @@ from pictures import Pixels, same
 
 from genserve_backend.flux.checkpoint import FluxCheckpoint
 from genserve_backend.flux.request import FluxRequest, FluxResult
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "demo"))
 from make_flux import make_flux
 
 CASES = {

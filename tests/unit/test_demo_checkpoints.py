@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import subprocess
 import zipfile
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,22 +15,11 @@ pytest.importorskip("torch", reason="the demo's scripts need the backend extra")
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
-DEMO = Path(__file__).resolve().parents[2] / "demo"
+import fetch_reranker
+import make_flux
+
 CHINESE = "\u4e00\u53ea\u732b\u5728\u6c99\u53d1\u4e0a"
 EMOJI = "\U0001f600 party \U0001f469\u200d\U0001f680"
-
-
-def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"demo_{name}", DEMO / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-make_flux = load_script("make_flux")
-fetch_reranker = load_script("fetch_reranker")
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,8 +20,6 @@ from genserve_backend.flux.checkpoint import FluxCheckpoint
 from genserve_backend.flux.isolate import DeviceLost
 from genserve_backend.flux.request import FluxResult
 from genserve_backend.worker import engine as worker_engine
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "demo"))
 from make_flux import make_flux
 
 SMALL = {"HEIGHT": 64, "WIDTH": 64}

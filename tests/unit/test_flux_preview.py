@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,8 +18,6 @@ from genserve_backend.flux.checkpoint import FluxCheckpoint
 from genserve_backend.flux.load import load_pipeline
 from genserve_backend.flux.preview import PREVIEW_PIXELS, Previewer
 from genserve_backend.settings import FluxSettings
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "demo"))
 from make_flux import make_flux
 
 CHANNELS = 16

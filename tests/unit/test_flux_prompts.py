@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,8 +15,6 @@ from genserve_backend.flux.checkpoint import FluxCheckpoint
 from genserve_backend.flux.load import load_pipeline
 from genserve_backend.flux.prompts import MAX_PROMPTS, Embedding, PromptEncoder
 from genserve_backend.settings import FluxSettings
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "demo"))
 from make_flux import make_flux
 
 PLENTY = 2**30

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,6 @@ from genserve_backend.flux.checkpoint import FluxCheckpoint
 from genserve_backend.flux.load import load_pipeline
 from genserve_backend.flux.schedule import Schedule, Scheduler
 from genserve_backend.settings import FluxSettings
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "demo"))
 from make_flux import make_flux
 
 SHIFTS = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}

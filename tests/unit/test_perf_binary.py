@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
-from genserve.serve.options import ServeError
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "perf"))
 import perf_binary
+from genserve.serve.options import ServeError
 
 
 def program(path: Path, script: str) -> Path:

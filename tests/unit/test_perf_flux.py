@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "perf"))
 import flux_contenders
 from compare_flux import Result, broken_promises
 from flux_load import STEPS, Load, Request, Timing, drive
@@ -102,7 +101,6 @@ def test_the_verdict_names_what_is_below_its_promise() -> None:
 
 @pytest.mark.parametrize("name", ["static", "engine"])
 def test_a_contender_runs_by_itself(name: str, tmp_path: Path) -> None:
-    sys.path.insert(0, str(PERF.parent / "demo"))
     from make_flux import make_flux
 
     make_flux(tmp_path / "flux")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-sys.path.insert(0, str(Path(__file__).parents[2] / "perf"))
 from perf_report import Failure, Level, csv_path, first_error, merge, read_all, read_csv, summary
 
 HEADER = (

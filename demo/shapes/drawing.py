@@ -1,0 +1,109 @@
+"""Pictures of scenes, antialiased."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
+
+from shapes.scenes import COLOURS, Scene, Style, Thing
+
+_FINER = 4
+"""Pictures are drawn this much larger and reduced."""
+_COLOUR_JITTER = 6
+"""Levels by which a colour may be off, in each channel."""
+
+Point = tuple[float, float]
+
+
+def outline(shape: str) -> list[Point]:
+    """The corners of a shape of radius one around the origin, y downwards."""
+    return _OUTLINES[shape]()
+
+
+def draw_picture(scene: Scene, *, width: int, height: int, rng: random.Random, style: Style = "plain") -> Image.Image:
+    """The scene in RGB. `rng` varies the colours a little."""
+    size = width * _FINER, height * _FINER
+    picture = Image.new("RGB", size, _shade(scene.background, rng))
+    for thing in scene.things:
+        colour = _shade(thing.colour, rng)
+        corners = _place(thing, size)
+        if style == "plain":
+            ImageDraw.Draw(picture).polygon(corners, fill=colour)
+        else:
+            picture = _glow(picture, corners, colour, width=thing.radius * min(size) / 7)
+    return picture.reduce(_FINER)
+
+
+def _glow(picture: Image.Image, corners: list[Point], colour: tuple[int, int, int], *, width: float) -> Image.Image:
+    """A tube of light along the outline, with its shine."""
+    tube = Image.new("RGB", picture.size)
+    ImageDraw.Draw(tube).line([*corners, *corners[:2]], fill=colour, width=round(width), joint="curve")
+    shine = tube.filter(ImageFilter.BoxBlur(width))
+    return ImageChops.lighter(ImageChops.add(picture, shine.point(lambda level: level // 2)), tube)
+
+
+def _shade(colour: str, rng: random.Random) -> tuple[int, int, int]:
+    red, green, blue = (
+        min(max(level + rng.randint(-_COLOUR_JITTER, _COLOUR_JITTER), 0), 255) for level in COLOURS[colour]
+    )
+    return red, green, blue
+
+
+def _place(thing: Thing, size: tuple[int, int]) -> list[Point]:
+    width, height = size
+    radius = thing.radius * min(size)
+    return [(thing.x * width + radius * x, thing.y * height + radius * y) for x, y in outline(thing.shape)]
+
+
+def _turn(angle: float, radius: float = 1.0) -> Point:
+    """A point at an angle in degrees, clockwise from the top."""
+    return radius * math.sin(math.radians(angle)), -radius * math.cos(math.radians(angle))
+
+
+def _circle() -> list[Point]:
+    return [_turn(angle) for angle in range(0, 360, 5)]
+
+
+def _square() -> list[Point]:
+    return [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)]
+
+
+def _triangle() -> list[Point]:
+    return [(0.0, -0.95), (1.0, 0.85), (-1.0, 0.85)]
+
+
+def _star() -> list[Point]:
+    return [_turn(36 * index, 1.05 if index % 2 == 0 else 0.45) for index in range(10)]
+
+
+def _heart() -> list[Point]:
+    """The curve x = 16 sin^3 t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t, in the unit square."""
+    points = []
+    for angle in range(0, 360, 5):
+        t = math.radians(angle)
+        y = 13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)
+        points.append((math.sin(t) ** 3, -(y + 2.5) / 15))
+    return points
+
+
+def _cross() -> list[Point]:
+    arm = 0.34
+    quarter = [(-arm, -1.0), (arm, -1.0), (arm, -arm)]
+    points = []
+    for _ in range(4):
+        points += quarter
+        quarter = [(-y, x) for x, y in quarter]
+    return points
+
+
+_OUTLINES: dict[str, Callable[[], list[Point]]] = {
+    "circle": _circle,
+    "square": _square,
+    "triangle": _triangle,
+    "star": _star,
+    "heart": _heart,
+    "cross": _cross,
+}

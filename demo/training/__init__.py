@@ -1,0 +1,1 @@
+"""The stages of training the demo's FLUX: autoencoder, text encoders, transformer, guidance, LoRA."""

@@ -1,0 +1,81 @@
+"""A LoRA for a style: neon outlines on black."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import FluxPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from torch.nn import functional
+
+from shapes.captions import NEON
+from training.flow import SHOWN, draw_batch, predict, show, train_quickly
+from training.guidance import SHOWN_GUIDANCE
+from training.latents import Bucket
+from training.stage import Sitting, Stage
+from training.text import TextParts
+
+RANK = 8
+TARGETS = [
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "add_q_proj",
+    "add_k_proj",
+    "add_v_proj",
+    "to_add_out",
+    "proj_mlp",
+    "proj_out",
+]
+"""The attention of both kinds of block, and the single blocks' linear layers."""
+
+
+@dataclass(frozen=True)
+class LoraPlan:
+    """How long and on what the LoRA trains."""
+
+    steps: int = 600
+    tokens: int = 32 * 64
+    rate: float = 2e-3
+    pictures: int = 1200
+    show: int = 200
+
+
+def train_lora(
+    sitting: Sitting, plan: LoraPlan, text: TextParts, bucket: Bucket, pipeline: FluxPipeline, output: Path
+) -> None:
+    """Train a LoRA on `pipeline`'s transformer, or go on; writes `output`/pytorch_lora_weights.safetensors.
+
+    It trains at the default guidance, so that it draws its style there.
+    """
+    model = pipeline.transformer
+    model.requires_grad_(requires_grad=False)
+    blocks = "|".join(each.replace(".", r"\.") for each in TARGETS)
+    model.add_adapter(
+        LoraConfig(
+            r=RANK,
+            lora_alpha=RANK,
+            init_lora_weights="gaussian",
+            target_modules=rf"(single_)?transformer_blocks\.\d+\.(attn\.)?({blocks})",
+        )
+    )
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=plan.rate, betas=(0.9, 0.98), weight_decay=0.0)
+    stage = Stage("lora", sitting, model, [optimizer], steps=plan.steps, average=0.98)
+    train_quickly(model)
+    prompts = [f"{prompt.partition(' on ')[0].partition(', ')[0]}, {NEON}" for prompt in SHOWN]
+    for step in stage:
+        batch = draw_batch(stage, text, bucket, plan.tokens, untold=0.0)
+        with torch.autocast(sitting.device.type, dtype=torch.bfloat16):
+            predicted = predict(model, batch, guidance=torch.full_like(batch.sigmas, SHOWN_GUIDANCE))
+        stage.optimize(functional.mse_loss(predicted.float(), batch.velocity))
+        if (step + 1) % plan.show == 0:
+            show(stage, pipeline, guidance=SHOWN_GUIDANCE, prompts=prompts)
+    weights = get_peft_model_state_dict(stage.averaged.module)
+    FluxPipeline.save_lora_weights(
+        output, transformer_lora_layers={name: weight.half().contiguous() for name, weight in weights.items()}
+    )
