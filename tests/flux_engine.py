@@ -2,99 +2,36 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
-from queue import Empty, SimpleQueue
 from typing import Any
 
 from pictures import Pixels, levels
+from turned_engine import TurnedEngine
 
 from genserve_backend.errors import RequestError
 from genserve_backend.flux.checkpoint import FluxCheckpoint
 from genserve_backend.flux.load import build
 from genserve_backend.flux.request import FluxRequest, FluxResult, parse
 from genserve_backend.settings import FluxSettings
-from genserve_backend.worker.messages import Beat, Done, Event, Failed, Grant, Progress, Submit
 
-PATIENCE_S = 60.0
 MAX_PIXELS = 2**20
-NO_JOB = 0
 
 
-class EngineRun:
-    """Submits requests, turns the engine until they are answered, and remembers every event."""
+class EngineRun(TurnedEngine):
+    """Makes images."""
 
     def __init__(self, checkpoint: FluxCheckpoint, **settings: Any) -> None:
-        self._events: SimpleQueue[Event] = SimpleQueue()
         self.checkpoint = checkpoint
-        self.engine = build(FluxSettings(model_path=checkpoint.path, **settings), "cpu", self._events.put)
-        self.progress: dict[int, list[Progress]] = {}
-        self.answers: dict[int, FluxResult | RequestError] = {}
-        self.beats: list[Beat] = []
-        self.granted = 0
-        self._jobs = 0
+        super().__init__(lambda emit: build(FluxSettings(model_path=checkpoint.path, **settings), "cpu", emit))
 
     def parse(self, **values: Any) -> FluxRequest:
         return parse({"PROMPT": "a red circle", **values}, self.checkpoint, max_pixels=MAX_PIXELS)
 
-    def submit(self, request: FluxRequest, *, within_s: float = PATIENCE_S, level: int = 2) -> int:
-        self._jobs += 1
-        deadline = time.monotonic() + within_s
-        self.engine.submit(Submit(self._jobs, f"task-{self._jobs}", request, deadline, level))
-        return self._jobs
-
-    def turn(self, turns: int = 1) -> None:
-        for _ in range(turns):
-            self.engine.cancel(NO_JOB)  # or an engine with nothing to do would wait for a message
-            self.engine.turn()
-            self._read()
-
-    def turn_until(self, condition: Callable[[], bool]) -> None:
-        give_up = time.monotonic() + PATIENCE_S
-        while not condition():
-            assert time.monotonic() < give_up, "the engine never got there"
-            self.turn()
-            time.sleep(0.001)  # for the decoder's threads
-
-    def answer(self, job: int) -> FluxResult | RequestError:
-        self.turn_until(lambda: job in self.answers)
-        return self.answers[job]
-
-    def run(self, *requests: FluxRequest) -> list[FluxResult | RequestError]:
-        """All of them at once."""
-        jobs = [self.submit(request) for request in requests]
-        return [self.answer(job) for job in jobs]
-
     def images(self, *requests: FluxRequest) -> list[Pixels]:
         """All of them at once; every one has to succeed."""
         return [pixels(result) for result in self.run(*requests)]
-
-    def _read(self) -> None:
-        try:
-            while True:
-                self._hear(self._events.get_nowait())
-        except Empty:
-            pass
-
-    def _hear(self, event: Event) -> None:
-        if isinstance(event, Progress):
-            self.progress.setdefault(event.job, []).append(event)
-        elif isinstance(event, (Done, Failed)):
-            assert event.job not in self.answers, "answered twice"
-            self.answers[event.job] = event.result if isinstance(event, Done) else event.error
-        elif isinstance(event, Beat):
-            self.beats.append(event)
-        elif isinstance(event, Grant):
-            self.granted += event.count
 
 
 def pixels(result: FluxResult | RequestError) -> Pixels:
     """The levels of an image that succeeded."""
     assert isinstance(result, FluxResult), result
     return levels(result.image)
-
-
-def count(beats: Sequence[Beat], name: str) -> float:
-    """The sum of a count over the beats."""
-    totals: list[Mapping[str, float]] = [beat.counts for beat in beats]
-    return sum(each.get(name, 0) for each in totals)

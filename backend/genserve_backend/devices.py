@@ -1,6 +1,9 @@
-"""Which arithmetic a device runs a model in, and how many CPU threads beside the main one may use."""
+"""What there is to know of a device: its arithmetic, its memory, its threads."""
 
 from __future__ import annotations
+
+import os
+from pathlib import Path
 
 import torch
 
@@ -24,3 +27,11 @@ def step_aside(share: int = 4) -> None:
     torch counts threads for each thread of a process, so the main one is not affected.
     """
     torch.set_num_threads(max(1, torch.get_num_threads() // share))
+
+
+def memory_bytes(device: torch.device) -> int:
+    """What this process holds of the device's memory; on a CPU its resident set."""
+    if device.type == "cuda":
+        return int(torch.cuda.memory_reserved(device))
+    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")

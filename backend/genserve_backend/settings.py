@@ -87,12 +87,25 @@ class RerankSettings(ModelSettings):
     """A reranker's folder in transformers or sentence-transformers format."""
     max_num_seqs: Annotated[int, Env("MAX_NUM_SEQS")] = Field(default=256, ge=1, le=65_536)
     """Pairs of query and document in one forward, at most."""
-    max_num_batched_tokens: Annotated[int, Env("MAX_NUM_BATCHED_TOKENS")] = Field(default=16_384, ge=1)
-    """Tokens in one forward, padding included, at most (one pair alone may exceed it)."""
+    max_num_batched_tokens: Annotated[int, Env("MAX_NUM_BATCHED_TOKENS")] = Field(default=0, ge=0)
+    """Tokens in one forward, padding included, at most (one pair alone may exceed it); 0 is 16,384 on a GPU and 1,024
+    on a CPU, which is busy with that many for long enough to be used well, and not so long that others wait."""
     max_length: int = Field(default=0, ge=0)
     """Tokens of one pair, at most; 0 takes the checkpoint's own limit."""
-    max_waiting_requests: int = Field(default=16, ge=1, le=10_000)
+    max_waiting_requests: int = Field(default=64, ge=1, le=10_000)
     """Requests that an instance holds before it leaves the others in Triton's queue."""
+    max_held_batches: int = Field(default=8, ge=1, le=10_000)
+    """Forwards' worth of tokens that an instance holds before it leaves the others in Triton's queue."""
+
+    prefix_cache_bytes: int = Field(default=256 * 2**20, ge=0)
+    """Device memory for the keys and values of what prompts of a causal reranker have in common; 0 turns that off."""
+
+    score_cache_bytes: Annotated[int, Env("SCORE_CACHE_BYTES")] = Field(default=64 * 2**20, ge=0)
+    """Memory for the scores of the last pairs of query and document; 0 turns that off."""
+
+    def token_budget(self, device: str) -> int:
+        """Tokens in one forward, at most, on a device as torch names it."""
+        return self.max_num_batched_tokens or (16_384 if device.startswith("cuda") else 1_024)
 
 
 SettingsT = TypeVar("SettingsT", bound=ModelSettings)

@@ -42,7 +42,7 @@ _NATIVE = (NATIVE_SIZE, NATIVE_SIZE)
 class FlowPlan:
     """How long and on what the transformer trains."""
 
-    steps: int = 9000
+    steps: int = 5000
     tokens: int = 48 * 64
     """Image tokens of a batch, whatever the pictures' size."""
     rate: float = 1e-3

@@ -6,15 +6,17 @@ import csv
 import random
 import zlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
+
+_Weights = list[Tensor] | tuple[Tensor, ...]
 
 DECAY = 0.3
 """The share of the steps, the last ones, over which the learning rate falls to zero."""
@@ -57,7 +59,7 @@ class Stage:
         self.step = 0
         self.folder = sitting.work / name
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.averaged = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(average))
+        self.averaged = AveragedModel(self.model, multi_avg_fn=_averaging(average))
         self._optimizers = optimizers
         self._rates = [LambdaLR(optimizer, lambda step: self._rate(step, warmup)) for optimizer in optimizers]
         self._save_every = save_every
@@ -142,3 +144,14 @@ class Stage:
             optimizer.load_state_dict(saved)
         for rate, saved in zip(self._rates, state["rates"], strict=True):
             rate.load_state_dict(saved)
+
+
+def _averaging(decay: float) -> Callable[[_Weights, _Weights, Tensor | int], None]:
+    """Exponential averages that forget the first steps sooner: over the last tenth of the steps so far, at most."""
+
+    @torch.no_grad()
+    def update(averaged: _Weights, current: _Weights, count: Tensor | int) -> None:
+        share = max(1 - decay, 9 / (10 + float(count)))
+        torch._foreach_lerp_(averaged, current, share)
+
+    return update

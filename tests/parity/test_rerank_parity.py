@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,14 +14,13 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
+from turned_engine import TurnedEngine, count
 
 from genserve_backend.checkpoints import CheckpointError
-from genserve_backend.errors import Cancelled
-from genserve_backend.rerank.handler import load
+from genserve_backend.rerank.load import build
 from genserve_backend.rerank.request import RerankRequest, RerankResult
+from genserve_backend.rerank.scorers import base
 from genserve_backend.settings import RerankSettings
-from genserve_backend.worker.engine import Job
-from genserve_backend.worker.messages import Event, Progress, Submit
 
 QUERY = "What is the capital of France?"
 TOO_LONG = 3
@@ -93,6 +91,7 @@ MODELS: dict[str, tuple[Callable[[Path], Path], Reference]] = {
     "bi-encoder": (tiny_models.bert_bi_encoder, bi_encoder_reference),
     "cross-encoder": (tiny_models.bert_cross_encoder, cross_encoder_reference),
     "cross-encoder with offset positions": (tiny_models.roberta_cross_encoder, cross_encoder_reference),
+    "cross-encoder with local attention": (tiny_models.modern_bert_cross_encoder, cross_encoder_reference),
     "causal": (tiny_models.qwen3_causal, causal_reference),
 }
 
@@ -111,38 +110,33 @@ def expected(folders: dict[str, Path]) -> dict[str, list[float]]:
     }
 
 
-def new_job(request: RerankRequest, events: list[Event] | None = None) -> Job:
-    submit = Submit(job=1, task_id="t", request=request, deadline=time.monotonic() + 60)
-    return Job(submit, emit=(events if events is not None else []).append)
-
-
 def rerank(
     folder: Path,
     *,
     query: str = QUERY,
     documents: tuple[str, ...] = DOCUMENTS,
     instruction: str | None = None,
-    max_num_seqs: int = 256,
-    max_num_batched_tokens: int = 16_384,
-    max_length: int = 0,
-    events: list[Event] | None = None,
+    **settings: int,
 ) -> RerankResult:
-    settings = RerankSettings(
-        model_path=folder,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        max_length=max_length,
-    )
-    request = RerankRequest(query, documents, instruction)
-    result: RerankResult = load(settings, "cpu")(request, new_job(request, events))
+    engine = TurnedEngine(lambda emit: build(RerankSettings(model_path=folder, **settings), "cpu", emit))
+    result: RerankResult
+    (result,) = engine.results(RerankRequest(query, documents, instruction))
     return result
 
 
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("limits", LIMITS, ids=str)
 @pytest.mark.parametrize("name", MODELS)
 def test_equals_plain_transformers_whatever_the_batches(
-    name: str, limits: tuple[int, int], folders: dict[str, Path], expected: dict[str, list[float]]
+    name: str,
+    limits: tuple[int, int],
+    packed: bool,
+    folders: dict[str, Path],
+    expected: dict[str, list[float]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if not packed:
+        monkeypatch.setattr(base, "can_pack", lambda model: False)
     result = rerank(folders[name], max_num_seqs=limits[0], max_num_batched_tokens=limits[1])
     assert result.scores == pytest.approx(expected[name], abs=1e-4)
     assert result.truncated == [TOO_LONG]
@@ -223,23 +217,25 @@ def test_instruction_reaches_the_causal_prompt(folders: dict[str, Path]) -> None
     assert result.scores != pytest.approx(own.scores, abs=1e-4)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_progress_counts_documents(name: str, folders: dict[str, Path]) -> None:
-    events: list[Event] = []
-    rerank(folders[name], max_num_seqs=2, events=events)
-    steps = [(event.step, event.steps) for event in events if isinstance(event, Progress)]
-    assert steps == sorted(steps)
-    assert steps[-1] == (len(DOCUMENTS), len(DOCUMENTS))
-    assert len(steps) >= len(DOCUMENTS) // 2
+def test_prompts_share_what_they_begin_with(folders: dict[str, Path]) -> None:
+    def run(prefix_cache_bytes: int) -> tuple[TurnedEngine, list[list[float]]]:
+        settings = RerankSettings(
+            model_path=folders["causal"], prefix_cache_bytes=prefix_cache_bytes, score_cache_bytes=0
+        )
+        engine = TurnedEngine(lambda emit: build(settings, "cpu", emit))
+        requests = [RerankRequest(query, DOCUMENTS, None) for query in (QUERY, "giant panda", QUERY, " ")]
+        scores = [result.scores for result in engine.results(*requests)]
+        engine.turn_until(lambda: len(engine.beats) > 1)
+        return engine, scores
 
-
-def test_a_cancelled_job_stops(folders: dict[str, Path]) -> None:
-    handler = load(RerankSettings(model_path=folders["cross-encoder"]), "cpu")
-    request = RerankRequest(QUERY, DOCUMENTS, None)
-    job = new_job(request)
-    job.cancelled = True
-    with pytest.raises(Cancelled):
-        handler(request, job)
+    engine, shared = run(2**20)
+    plain_engine, plain = run(0)
+    for one, other in zip(shared, plain, strict=True):
+        assert one == pytest.approx(other, abs=1e-4)
+    saved = count(engine.beats, "prefix_tokens_saved")
+    assert saved > 3 * len(DOCUMENTS) * 50, "the template alone has more tokens than that"
+    assert count(plain_engine.beats, "prefix_tokens_saved") == 0
+    assert count(engine.beats, "tokens") + saved == count(plain_engine.beats, "tokens")
 
 
 def test_a_causal_model_without_yes_is_refused(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    ModernBertConfig,
+    ModernBertForSequenceClassification,
     PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -71,6 +73,24 @@ def roberta_cross_encoder(folder: Path) -> Path:
         **_SIZES,
     )
     return _save(folder, RobertaForSequenceClassification(config), tokenizer)
+
+
+def modern_bert_cross_encoder(folder: Path) -> Path:
+    """A ModernBertForSequenceClassification: rotary positions, and a layer that sees only 8 tokens to each side."""
+    tokenizer = _word_pieces()
+    _seed()
+    config = ModernBertConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=64,
+        local_attention=16,
+        global_attn_every_n_layers=2,
+        pad_token_id=0,
+        cls_token_id=2,
+        sep_token_id=3,
+        num_labels=1,
+        **_SIZES,
+    )
+    return _save(folder, ModernBertForSequenceClassification(config), tokenizer)
 
 
 def qwen3_causal(folder: Path, *, answers: bool = True) -> Path:

@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from flux_engine import EngineRun, count, pixels
+from flux_engine import EngineRun, pixels
 from pictures import same
 from PIL import Image
+from turned_engine import count
 
 from genserve_backend.errors import Cancelled, DeadlineExceeded, OutOfMemory, RequestError, ServerError
 from genserve_backend.flux import report as report_module
 from genserve_backend.flux.checkpoint import FluxCheckpoint
-from genserve_backend.flux.isolate import DeviceLost
 from genserve_backend.flux.request import FluxResult
 from genserve_backend.worker import engine as worker_engine
+from genserve_backend.worker.isolate import DeviceLost
 from make_flux import make_flux
 
 SMALL = {"HEIGHT": 64, "WIDTH": 64}

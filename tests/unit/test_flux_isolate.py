@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from genserve_backend.errors import OutOfMemory, RequestError, ServerError
-from genserve_backend.flux.isolate import DeviceLost, isolate
+from genserve_backend.worker.isolate import DeviceLost, isolate
 
 ITEMS = tuple("abcdefgh")
 

@@ -17,7 +17,7 @@ import triton_python_backend_utils as pb_utils
 
 from genserve_backend import logs
 from genserve_backend.adapter.balance import Balance
-from genserve_backend.adapter.metrics import Metrics
+from genserve_backend.adapter.metrics import Families, Metrics
 from genserve_backend.adapter.reply import Reply, Row
 from genserve_backend.adapter.tensors import Values
 from genserve_backend.board import Board
@@ -80,6 +80,7 @@ class Instance(Generic[SettingsT, CheckpointT]):
         settings: The model's settings class.
         read: Reads its checkpoint.
         engine: ``module:factory`` of what the worker runs.
+        families: The metrics that it counts for.
 
     Raises:
         pb_utils.TritonModelException: The model cannot be loaded; one line says why.
@@ -92,6 +93,7 @@ class Instance(Generic[SettingsT, CheckpointT]):
         settings: type[SettingsT],
         read: Callable[[Path], CheckpointT],
         engine: str,
+        families: Families,
     ) -> None:
         logs.configure()
         self.place = Place.of(args)
@@ -101,7 +103,7 @@ class Instance(Generic[SettingsT, CheckpointT]):
             self._board = Board()
             self._board.start_instance(self.place.instance)
             start = Start(engine, self.settings, self.place.device, self.place.instance)
-            self.metrics = Metrics(self.place.model, self.place.instance)
+            self.metrics = Metrics(families, self.place.model, self.place.instance)
             self._supervisor = Supervisor(start, self)
             self.balance = Balance(
                 self._board, self.place.model, self.place.instance, lambda: self._supervisor.has_room

@@ -4,29 +4,66 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
 from genserve_backend.worker.messages import Beat
 
-GAUGES = {
+Described = Mapping[str, tuple[str, str]]
+"""By the name in a beat: the metric's name and description."""
+
+
+@dataclass(frozen=True)
+class Families:
+    """The metrics of one kind of engine."""
+
+    gauges: Described
+    counters: Described
+    stages: Sequence[str]
+    """Each beat counts ``{stage}_seconds``."""
+    batch: tuple[str, str]
+    """Name and description of the histogram over the sizes of forwards."""
+    buckets: Sequence[float]
+
+
+_GAUGES = {
     "running": ("genserve_running", "Requests that the engine works on now"),
     "waiting": ("genserve_waiting", "Requests in the engine without a place to run, paused ones among them"),
-    "decoding": ("genserve_decoding", "Images that are being decoded"),
     "device_memory_bytes": (
         "genserve_device_memory_bytes",
         "Memory that the worker holds: of the GPU, or of the machine where it has none",
     ),
 }
-COUNTERS = {
-    "steps": ("genserve_steps_total", "Denoising steps, counted for each image"),
-    "preemptions": ("genserve_preemptions_total", "Times an image was paused for a more urgent one"),
-}
-STAGES = ("encode", "denoise", "decode")
-"""Each beat counts ``{stage}_seconds``."""
+FLUX = Families(
+    gauges=_GAUGES | {"decoding": ("genserve_decoding", "Images that are being decoded")},
+    counters={
+        "steps": ("genserve_steps_total", "Denoising steps, counted for each image"),
+        "preemptions": ("genserve_preemptions_total", "Times an image was paused for a more urgent one"),
+    },
+    stages=("encode", "denoise", "decode"),
+    batch=("genserve_batch_size", "Images in a forward"),
+    buckets=(1, 2, 4, 8, 12, 16, 24, 32, 64),
+)
+RERANK = Families(
+    gauges=_GAUGES,
+    counters={
+        "pairs": ("genserve_pairs_total", "Pairs of query and document that the model has read"),
+        "tokens": ("genserve_tokens_total", "Tokens that the model has read, padding not counted"),
+        "padding_tokens": ("genserve_padding_tokens_total", "Padding that the model has read besides"),
+        "prefix_tokens_saved": (
+            "genserve_prefix_tokens_saved_total",
+            "Tokens that were not read again because other prompts begin with them too",
+        ),
+        "cache_hits": ("genserve_score_cache_hits_total", "Pairs whose score was known from an earlier request"),
+    },
+    stages=("forward",),
+    batch=("genserve_batch_tokens", "Tokens in a forward, padding not counted"),
+    buckets=(64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768),
+)
 OUTCOMES = ("done", "failed", "cancelled")
-BATCH_BUCKETS = [1.0, 2.0, 4.0, 8.0, 12.0, 16.0, 24.0, 32.0, 64.0]
 
 logger = logging.getLogger(__name__)
 
@@ -48,15 +85,16 @@ class Metrics:
     """The metrics of one instance; a `worker.supervisor.Monitor`. What goes wrong here costs no request anything.
 
     Args:
+        families: Which metrics there are.
         model: Label of every metric.
         instance: The other one.
     """
 
-    def __init__(self, model: str, instance: str) -> None:
+    def __init__(self, families: Families, model: str, instance: str) -> None:
         self._labels = {"model": model, "instance": instance}
-        self._gauges = {key: self._metric(*about, "GAUGE") for key, about in GAUGES.items()}
-        self._counters = {key: self._metric(*about, "COUNTER") for key, about in COUNTERS.items()}
-        for stage in STAGES:
+        self._gauges = {key: self._metric(*about, "GAUGE") for key, about in families.gauges.items()}
+        self._counters = {key: self._metric(*about, "COUNTER") for key, about in families.counters.items()}
+        for stage in families.stages:
             self._counters[f"{stage}_seconds"] = self._metric(
                 "genserve_stage_seconds_total", "Seconds of work, by stage", "COUNTER", stage=stage
             )
@@ -67,8 +105,8 @@ class Metrics:
         self._restarts = self._metric(
             "genserve_worker_restarts_total", "Workers that died or hung and were replaced", "COUNTER"
         )
-        self._batch_size = _family("genserve_batch_size", "Images in a forward", "HISTOGRAM").Metric(
-            labels=self._labels, buckets=BATCH_BUCKETS
+        self._batch_size = _family(*families.batch, "HISTOGRAM").Metric(
+            labels=self._labels, buckets=[float(bucket) for bucket in families.buckets]
         )
 
     def on_beat(self, beat: Beat) -> None:

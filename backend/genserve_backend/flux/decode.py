@@ -20,10 +20,10 @@ from genserve_backend.devices import step_aside
 from genserve_backend.errors import RequestError
 from genserve_backend.flux.image import Image
 from genserve_backend.flux.images import encode, generation_settings
-from genserve_backend.flux.isolate import isolate
 from genserve_backend.flux.keep import Keeper
 from genserve_backend.flux.request import FluxResult
 from genserve_backend.worker.engine import defect
+from genserve_backend.worker.isolate import isolate
 from genserve_backend.worker.messages import Done, Event, Failed
 
 MAX_IMAGES = 4

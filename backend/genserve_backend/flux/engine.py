@@ -20,13 +20,13 @@ from genserve_backend.flux.batching import choose
 from genserve_backend.flux.decode import Decoder
 from genserve_backend.flux.denoise import Denoiser
 from genserve_backend.flux.image import Image
-from genserve_backend.flux.isolate import isolate
 from genserve_backend.flux.prompts import Embedding, PromptEncoder
 from genserve_backend.flux.report import Reporter
 from genserve_backend.flux.schedule import Scheduler
 from genserve_backend.logs import log
 from genserve_backend.settings import FluxSettings
 from genserve_backend.worker.engine import BEAT_S, Emit, Job
+from genserve_backend.worker.isolate import isolate
 from genserve_backend.worker.messages import Cancel, Failed, Grant, Submit
 
 OUT_OF_MEMORY_S = 60.0

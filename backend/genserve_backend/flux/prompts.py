@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from cachetools import LRUCache
 from diffusers import FluxPipeline
 
 from genserve_backend.errors import RequestError
-from genserve_backend.flux.isolate import isolate
+from genserve_backend.worker.isolate import isolate
 
 MAX_PROMPTS = 16
 """Prompts in one forward of the text encoders."""
@@ -44,27 +44,31 @@ class PromptEncoder:
     def __init__(self, pipeline: FluxPipeline, *, max_sequence_length: int, cache_bytes: int) -> None:
         self._pipeline = pipeline
         self._max_sequence_length = max_sequence_length
-        self._cache_bytes = cache_bytes
-        self._cached: OrderedDict[str, Embedding] = OrderedDict()
-        self.cached_bytes = 0
+        self._cached: LRUCache[str, Embedding] = LRUCache(cache_bytes, getsizeof=lambda embedding: embedding.size)
+
+    @property
+    def cached_bytes(self) -> int:
+        """Memory in use."""
+        return int(self._cached.currsize)
 
     def encode(self, texts: Iterable[str]) -> tuple[dict[str, Embedding], dict[str, RequestError]]:
         """The embedding of each text, or the error of a text that cannot be encoded."""
         found: dict[str, Embedding] = {}
         missing: list[str] = []
         for text in dict.fromkeys(texts):
-            if text in self._cached:
-                self._cached.move_to_end(text)
-                found[text] = self._cached[text]
-            else:
+            embedding = self._cached.get(text)
+            if embedding is None:
                 missing.append(text)
+            else:
+                found[text] = embedding
         failed: dict[str, RequestError] = {}
         for first in range(0, len(missing), MAX_PROMPTS):
             made, errors = isolate(self._forward, missing[first : first + MAX_PROMPTS], name=_name)
             found |= made
             failed |= errors
             for text, embedding in made.items():
-                self._keep(text, embedding)
+                if embedding.size <= self._cached.maxsize:
+                    self._cached[text] = embedding
         return found, failed
 
     def _forward(self, texts: Sequence[str]) -> list[Embedding]:
@@ -84,13 +88,6 @@ class PromptEncoder:
             texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         ).input_ids
         return ids
-
-    def _keep(self, text: str, embedding: Embedding) -> None:
-        self._cached[text] = embedding
-        self.cached_bytes += embedding.size
-        while self.cached_bytes > self._cache_bytes:
-            _, oldest = self._cached.popitem(last=False)
-            self.cached_bytes -= oldest.size
 
 
 def _name(text: str) -> str:

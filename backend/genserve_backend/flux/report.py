@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from queue import SimpleQueue
 
 import torch
 
-from genserve_backend.devices import step_aside
+from genserve_backend.devices import memory_bytes, step_aside
 from genserve_backend.flux.decode import Decoder
 from genserve_backend.flux.image import Image
 from genserve_backend.flux.preview import Previewer
@@ -114,11 +112,3 @@ def _estimate(image: Image) -> torch.Tensor | None:
     if image.velocity is None:
         return None
     return image.latents - image.schedule.sigmas[image.step] * image.velocity
-
-
-def memory_bytes(device: torch.device) -> int:
-    """What this process holds of the device's memory; on a CPU its resident set."""
-    if device.type == "cuda":
-        return int(torch.cuda.memory_reserved(device))
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")

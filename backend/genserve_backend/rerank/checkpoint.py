@@ -116,3 +116,10 @@ def _positions(config: dict[str, Any]) -> int | None:
         return table
     pad = config.get("pad_token_id")
     return table - (pad if isinstance(pad, int) else 1) - 1
+
+
+def first_position(config: Any) -> int:
+    """The position of a sequence's first token in the position table of a model with this transformers `config`."""
+    if config.model_type not in _OFFSET_POSITIONS:
+        return 0
+    return int(config.pad_token_id) + 1

@@ -1,29 +1,31 @@
-"""Cutting sequences of different lengths into forwards that waste little on padding."""
+"""Which models run without padding, and how they are made to."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
+
+from genserve_backend.rerank.attention import PACKED
+from genserve_backend.rerank.last_layer import ask_one_position
+
+_PACKABLE = frozenset(
+    {"bert", "camembert", "llama", "mistral", "modernbert", "qwen2", "qwen3", "roberta", "xlm-roberta"}
+)
+"""Model types whose forward takes positions, and hands what else it is given down to the attention."""
 
 
-def pack(lengths: Sequence[int], *, max_num_seqs: int, max_num_batched_tokens: int) -> list[list[int]]:
-    """Group sequences of similar length.
+def can_pack(model: Any) -> bool:
+    """Whether a forward of `model` can take all tokens in one row."""
+    config = model.config
+    return config.model_type in _PACKABLE and getattr(config, "classifier_pooling", "cls") == "cls"
+
+
+def prepare_packing(model: Any, *, one_position: bool) -> None:
+    """Give `model` an attention for packed rows.
 
     Args:
-        lengths: Tokens of each sequence.
-        max_num_seqs: Sequences in one group, at most; at least 1.
-        max_num_batched_tokens: Tokens in one group, at most, each sequence padded to the longest of its group. A
-            sequence that exceeds this alone gets a group of its own.
-
-    Returns:
-        Groups of indices into `lengths`. Every index is in exactly one group; longer sequences come first, so a
-        request that is too large for the device fails at its first forward and not at its last.
+        model: One that `can_pack` accepts.
+        one_position: Whether only one position of each sequence is of interest in the end.
     """
-    groups: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
-        group = groups[-1] if groups else []
-        width = lengths[group[0]] if group else 0
-        if group and len(group) < max_num_seqs and (len(group) + 1) * width <= max_num_batched_tokens:
-            group.append(index)
-        else:
-            groups.append([index])
-    return groups
+    model.set_attn_implementation(PACKED)
+    if one_position:
+        ask_one_position(model)

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from genserve_backend.adapter.instance import Instance
+from genserve_backend.adapter.metrics import FLUX
 from genserve_backend.adapter.reply import Row
 from genserve_backend.adapter.tensors import Values, bytes_tensor, number_tensor, read_rows
 from genserve_backend.flux.checkpoint import FluxCheckpoint
@@ -41,6 +42,7 @@ class TritonPythonModel:
             settings=FluxSettings,
             read=FluxCheckpoint.read,
             engine="genserve_backend.flux.load:build",
+            families=FLUX,
         )
 
     def execute(self, requests: list[Any]) -> None:

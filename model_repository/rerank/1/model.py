@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from genserve_backend.adapter.instance import Instance
+from genserve_backend.adapter.metrics import RERANK
 from genserve_backend.adapter.reply import Row
 from genserve_backend.adapter.tensors import Values, bytes_tensor, number_tensor, read_rows
 from genserve_backend.rerank.checkpoint import RerankCheckpoint
@@ -22,7 +23,8 @@ class TritonPythonModel:
             args,
             settings=RerankSettings,
             read=RerankCheckpoint.read,
-            engine="genserve_backend.rerank.handler:build",
+            engine="genserve_backend.rerank.load:build",
+            families=RERANK,
         )
 
     def execute(self, requests: list[Any]) -> None:

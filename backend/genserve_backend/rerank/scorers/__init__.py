@@ -33,4 +33,10 @@ def load_scorer(checkpoint: RerankCheckpoint, settings: RerankSettings, device: 
     target = torch.device(device)
     limit = min(checkpoint.max_length, settings.max_length or checkpoint.max_length)
     scorer = SCORERS[checkpoint.kind]
-    return scorer(checkpoint, max_length=limit, dtype=resolve_dtype(settings.dtype, device), device=target)
+    return scorer(
+        checkpoint,
+        max_length=limit,
+        dtype=resolve_dtype(settings.dtype, device),
+        device=target,
+        prefix_cache_bytes=settings.prefix_cache_bytes,
+    )

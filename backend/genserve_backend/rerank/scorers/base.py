@@ -8,66 +8,43 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
 
 import torch
+from typing_extensions import Unpack
 
-from genserve_backend.rerank.checkpoint import RerankCheckpoint
+from genserve_backend.rerank.attention import KeysValues, Packing
+from genserve_backend.rerank.checkpoint import RerankCheckpoint, first_position
+from genserve_backend.rerank.packing import can_pack, prepare_packing
+from genserve_backend.rerank.prefix import PrefixCache
 from genserve_backend.rerank.request import RerankRequest
+from genserve_backend.rerank.scorers.layouts import Layout, Packed, Padded, TokenSequence
 from genserve_backend.rerank.scorers.loading import load_model, load_tokenizer, pad_id
+from genserve_backend.rerank.sentence import Pooling
 
 
 @dataclass(frozen=True)
-class TokenSequence:
-    """One row of a forward, before padding."""
-
-    ids: list[int]
-    """Token ids, special tokens included; never empty."""
-    type_ids: list[int]
-    """Which segment each token belongs to, for the models that ask."""
-    truncated: bool = False
-    """Whether tokens of the text were left out."""
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """What the model has to read to answer one request."""
+class Slice:
+    """A part of what the model has to read to answer one request."""
 
     sequences: list[TokenSequence]
-    """`leading` sequences, then one for every document in the order of the request."""
-    leading: int = 0
-    """Sequences in front that belong to no document."""
+    """Document after document; before them, where a query is read by itself, the query."""
+    characters: int
+    """How many characters of documents they were made of."""
     query_truncated: bool = False
     """Whether the query itself was cut."""
 
 
-@dataclass(frozen=True)
-class Padded:
-    """Sequences of different lengths as one rectangle, on the device."""
+class Placement(TypedDict):
+    """Where and how the model is held."""
 
-    ids: torch.Tensor
-    """int64 [sequences, tokens], padded on the right."""
-    type_ids: torch.Tensor
-    """int64 [sequences, tokens]."""
-    mask: torch.Tensor
-    """bool [sequences, tokens], true at real tokens."""
-
-    @classmethod
-    def of(cls, batch: list[TokenSequence], *, pad: int, device: torch.device) -> Padded:
-        """Pad `batch` (at least one sequence) to its longest with the token id `pad`."""
-        lengths = [len(sequence.ids) for sequence in batch]
-        width = max(lengths)
-        ids = torch.tensor([sequence.ids + [pad] * (width - len(sequence.ids)) for sequence in batch])
-        type_ids = torch.tensor([sequence.type_ids + [0] * (width - len(sequence.ids)) for sequence in batch])
-        mask = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
-        return cls(ids.to(device), type_ids.to(device), mask.to(device))
-
-    def last(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The row of `hidden` [sequences, tokens, width] at each sequence's last real token: [sequences, width]."""
-        positions = self.mask.sum(dim=1) - 1
-        return hidden[torch.arange(len(positions), device=hidden.device), positions]
+    dtype: torch.dtype
+    """The arithmetic of the weights; what decides a score after the last layer is float32 in any case."""
+    device: torch.device
+    prefix_cache_bytes: int
+    """Device memory for what prompts have in common; 0 turns that off."""
 
 
 class Scorer(ABC):
@@ -76,52 +53,60 @@ class Scorer(ABC):
     Args:
         checkpoint: The folder to load.
         max_length: Tokens of one sequence, at most.
-        dtype: The arithmetic of the weights; what decides a score after the last layer is float32 in any case.
-        device: Where the model goes.
+        placement: See `Placement`.
 
     Raises:
         CheckpointError: The folder cannot be loaded, or `max_length` leaves no room for a text.
     """
 
+    leading: ClassVar[int] = 0
+    """Sequences of a request that stand before its documents'."""
+    causal: ClassVar[bool] = False
+    """Whether no token looks at those behind it."""
     model_class: ClassVar[Any]
     """The transformers Auto class that loads the model."""
     unused_weights: ClassVar[str] = ""
     """Weights with this in their name may be absent from the folder: no score depends on them."""
 
-    def __init__(
-        self, checkpoint: RerankCheckpoint, *, max_length: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, checkpoint: RerankCheckpoint, *, max_length: int, **placement: Unpack[Placement]) -> None:
         self.checkpoint = checkpoint
         self.max_length = max_length
-        self.device = device
+        self.device = placement["device"]
         self.tokenizer = load_tokenizer(checkpoint.path)
+        dtype = placement["dtype"]
         model = load_model(self.model_class, checkpoint.path, dtype=dtype, unused_weights=self.unused_weights)
         self.pad = pad_id(model, self.tokenizer)
-        self.model: Any = model.to(device)
+        self.model: Any = model.to(self.device)
         # The tokenizers of models without segments and the forwards of models with one both name them by accident.
         self._takes_types = (
             "token_type_ids" in self.tokenizer.model_input_names
             and "token_type_ids" in inspect.signature(model.forward).parameters
         )
+        self.packs = can_pack(self.model)
+        """Whether forwards are packed, without padding."""
+        if self.packs:
+            prepare_packing(self.model, one_position=self._one_position)
+        self._prefixes = PrefixCache(max_bytes=placement["prefix_cache_bytes"], compute=self._read_prefixes)
+        """Used by causal models alone."""
+
+    @property
+    @abstractmethod
+    def pooling(self) -> Pooling:
+        """Which of a sequence's tokens its row is made of."""
 
     @abstractmethod
-    def encode(self, request: RerankRequest, check: Callable[[], None]) -> Encoded:
-        """Tokenise `request`. Runs on the CPU and calls `check` every now and then, which may raise."""
+    def read(self, request: RerankRequest) -> Iterator[Slice]:
+        """Tokenise `request`, some documents at a time. Runs on the CPU, beside the forwards."""
 
     @abstractmethod
-    def rows(self, padded: Padded) -> torch.Tensor:
-        """One forward of the model: float32 [sequences, width], independent of the padding."""
+    def rows(self, layout: Layout, inputs: dict[str, Any]) -> torch.Tensor:
+        """One forward of the model: [sequences, width], which depends on no sequence but its own."""
 
     @abstractmethod
     def scores(self, rows: torch.Tensor) -> torch.Tensor:
         """Turn the rows of one request, in the order of its sequences, into float32 [documents] in 0 to 1."""
 
-    def encoder_inputs(self, padded: Padded) -> dict[str, torch.Tensor]:
-        """The arguments of a model that attends in both directions, and so must be told where the padding is."""
-        types = {"token_type_ids": padded.type_ids} if self._takes_types else {}
-        return {"input_ids": padded.ids, "attention_mask": padded.mask.long(), **types}
-
-    def forward(self, batch: list[TokenSequence]) -> torch.Tensor:
+    def forward(self, batch: Sequence[TokenSequence]) -> torch.Tensor:
         """Run sequences of any requests together.
 
         Args:
@@ -133,5 +118,41 @@ class Scorer(ABC):
         Raises:
             torch.OutOfMemoryError: The batch does not fit into the device's memory.
         """
+        layout = self._lay_out(batch)
+        types = {"token_type_ids": layout.type_ids} if self._takes_types else {}
         with torch.inference_mode():
-            return self.rows(Padded.of(batch, pad=self.pad, device=self.device)).float().cpu()
+            return self.rows(layout, layout.inputs | types).float().cpu()
+
+    @property
+    def prefix_tokens_read(self) -> int:
+        """Tokens that forwards have read for prefixes so far."""
+        return self._prefixes.computed_tokens
+
+    @property
+    def _one_position(self) -> bool:
+        return self.pooling in ("cls", "lasttoken")
+
+    def _lay_out(self, batch: Sequence[TokenSequence]) -> Layout:
+        if not self.packs:
+            return Padded(batch, pad=self.pad, causal=self.causal, device=self.device)
+        prefixes = [sequence.prefix for sequence in batch]
+        known = self._prefixes.get(prefix for prefix in prefixes if prefix)
+        return self._pack(batch, [known[prefix.ids] if prefix else None for prefix in prefixes])
+
+    def _pack(
+        self, batch: Sequence[TokenSequence], prefixes: Sequence[KeysValues | None], *, keep: bool = False
+    ) -> Packed:
+        lengths = [sequence.length for sequence in batch]
+        return Packed(
+            batch,
+            Packing(lengths, last=self.pooling == "lasttoken", prefixes=prefixes, keep=keep),
+            first_position=first_position(self.model.config),
+            one_position=self._one_position,
+            device=self.device,
+        )
+
+    def _read_prefixes(self, texts: Sequence[list[int]], prefixes: Sequence[KeysValues | None]) -> list[KeysValues]:
+        """The keys and values of token ids that continue what is known already, and of that."""
+        layout = self._pack([TokenSequence(ids, [], None) for ids in texts], prefixes, keep=True)
+        self.rows(layout, layout.inputs)
+        return [layout.packing.keys_values(index) for index in range(len(texts))]

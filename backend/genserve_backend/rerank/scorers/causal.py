@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 from transformers import AutoModelForCausalLM
+from typing_extensions import Unpack
 
 from genserve_backend.checkpoints import CheckpointError
 from genserve_backend.rerank.checkpoint import RerankCheckpoint
+from genserve_backend.rerank.prefix import Prefix, shared
 from genserve_backend.rerank.request import RerankRequest
-from genserve_backend.rerank.scorers.base import Encoded, Padded, Scorer, TokenSequence
-from genserve_backend.rerank.scorers.text import token_ids
+from genserve_backend.rerank.scorers.base import Placement, Scorer, Slice
+from genserve_backend.rerank.scorers.layouts import Layout, TokenSequence
+from genserve_backend.rerank.scorers.text import one_text, token_ids
+from genserve_backend.rerank.sentence import Pooling
 
 PREFIX = (
     "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
@@ -33,16 +37,16 @@ class Causal(Scorer):
     question at its end is always asked.
     """
 
+    causal: ClassVar[bool] = True
     model_class: ClassVar[Any] = AutoModelForCausalLM
 
-    def __init__(
-        self, checkpoint: RerankCheckpoint, *, max_length: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        super().__init__(checkpoint, max_length=max_length, dtype=dtype, device=device)
+    def __init__(self, checkpoint: RerankCheckpoint, *, max_length: int, **placement: Unpack[Placement]) -> None:
+        super().__init__(checkpoint, max_length=max_length, **placement)
         for name in _LOGIT_CHANGES:
             if getattr(self.model.config, name, None) not in (None, 1, 1.0):
                 raise CheckpointError(f"{checkpoint.path} has {name} in its config.json, which is not served")
-        self._prefix, self._suffix = token_ids(self.tokenizer, (PREFIX, SUFFIX), lambda: None)
+        self._shares = placement["prefix_cache_bytes"] > 0
+        self._prefix, self._suffix = (one_text(self.tokenizer, text) for text in (PREFIX, SUFFIX))
         self._room = max_length - len(self._prefix) - len(self._suffix)
         if self._room < 1:
             raise CheckpointError(f"a limit of {max_length} tokens leaves no room in the prompt template")
@@ -53,28 +57,51 @@ class Causal(Scorer):
         # Only the decoder is kept: the head of a large vocabulary is a good part of a small model's memory.
         self.model = self.model.base_model
 
-    def encode(self, request: RerankRequest, check: Callable[[], None]) -> Encoded:
-        """One prompt for each document."""
-        head = f"<Instruct>: {request.instruction or DEFAULT_INSTRUCTION}\n<Query>: {request.query}\n<Document>: "
-        bodies = (head + document for document in request.documents)
-        sequences = [self._prompt(body) for body in token_ids(self.tokenizer, bodies, check)]
-        bare = next(token_ids(self.tokenizer, [head], check))
-        return Encoded(sequences, query_truncated=len(bare) > self._room)
+    @property
+    def pooling(self) -> Pooling:
+        """The answer is what would come after the last token."""
+        return "lasttoken"
 
-    def rows(self, padded: Padded) -> torch.Tensor:
+    def read(self, request: RerankRequest) -> Iterator[Slice]:
+        """One prompt for each document."""
+        lead = f"<Instruct>: {request.instruction or DEFAULT_INSTRUCTION}\n<Query>: "
+        head = f"{lead}{request.query}\n<Document>: "
+        lead_ids, head_ids = one_text(self.tokenizer, lead), one_text(self.tokenizer, head)
+        bodies = (head + document for document in request.documents)
+        for first, ids, characters in token_ids(self.tokenizer, bodies):
+            cut = [body[: self._room] for body in ids]
+            prefix = self._shared(lead_ids, head_ids, cut, alone=len(request.documents) == 1)
+            sequences = [
+                self._prompt(body, document, prefix, truncated=len(ids[document - first]) > self._room)
+                for document, body in enumerate(cut, first)
+            ]
+            yield Slice(sequences, characters - len(head) * len(ids), query_truncated=len(head_ids) > self._room)
+
+    def rows(self, layout: Layout, inputs: dict[str, Any]) -> torch.Tensor:
         """Logits of no and yes: float32 [prompts, 2]."""
-        # No attention mask: padding stands on the right, where nothing before it looks, and without a mask torch may
-        # use its faster causal kernels.
-        hidden = self.model(input_ids=padded.ids, use_cache=False).last_hidden_state
-        return torch.nn.functional.linear(padded.last(hidden).float(), self._weight, self._bias)
+        hidden = self.model(**inputs, use_cache=False).last_hidden_state
+        last = layout.pool(hidden, self.pooling)
+        return torch.nn.functional.linear(last.float(), self._weight, self._bias)
 
     def scores(self, rows: torch.Tensor) -> torch.Tensor:
         """The sigmoid of yes minus no."""
         return (rows[:, 1] - rows[:, 0]).sigmoid()
 
-    def _prompt(self, body: list[int]) -> TokenSequence:
-        ids = self._prefix + body[: self._room] + self._suffix
-        return TokenSequence(ids, [0] * len(ids), truncated=len(body) > self._room)
+    def _prompt(self, body: list[int], document: int, prefix: Prefix | None, *, truncated: bool) -> TokenSequence:
+        ids = self._prefix + body + self._suffix
+        return TokenSequence(ids, [0] * len(ids), document, truncated, prefix)
+
+    def _shared(self, lead: list[int], head: list[int], bodies: list[list[int]], *, alone: bool) -> Prefix | None:
+        """What the prompts of `bodies` have in common, and in it what those of other queries have too.
+
+        A single document gains nothing from its own query's keys and values.
+        """
+        if not (self.packs and self._shares):
+            return None
+        instructed = shared([head, *bodies], lead)
+        parent = Prefix(tuple(self._prefix + lead[:instructed]))
+        length = instructed if alone else shared(bodies, head)
+        return Prefix(tuple(self._prefix + head[:length]), parent) if length > instructed else parent
 
     def _answer_id(self, word: str) -> int:
         found = self.tokenizer.convert_tokens_to_ids(word)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
 from transformers import AutoModelForSequenceClassification
+from typing_extensions import Unpack
 
 from genserve_backend.rerank.checkpoint import RerankCheckpoint
 from genserve_backend.rerank.request import RerankRequest
-from genserve_backend.rerank.scorers.base import Encoded, Padded, Scorer
-from genserve_backend.rerank.scorers.text import Template, token_ids
+from genserve_backend.rerank.scorers.base import Placement, Scorer, Slice
+from genserve_backend.rerank.scorers.layouts import Layout
+from genserve_backend.rerank.scorers.text import Template, one_text, token_ids
+from genserve_backend.rerank.sentence import Pooling
 
 
 class CrossEncoder(Scorer):
@@ -23,30 +26,34 @@ class CrossEncoder(Scorer):
 
     model_class: ClassVar[Any] = AutoModelForSequenceClassification
 
-    def __init__(
-        self, checkpoint: RerankCheckpoint, *, max_length: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        super().__init__(checkpoint, max_length=max_length, dtype=dtype, device=device)
+    def __init__(self, checkpoint: RerankCheckpoint, *, max_length: int, **placement: Unpack[Placement]) -> None:
+        super().__init__(checkpoint, max_length=max_length, **placement)
         self._template = Template.of(self.tokenizer, texts=2, filler=self.pad)
         self._room = self._template.room(max_length, at_least=2)
 
-    def encode(self, request: RerankRequest, check: Callable[[], None]) -> Encoded:
+    @property
+    def pooling(self) -> Pooling:
+        """The classifier reads the first token."""
+        return "cls"
+
+    def read(self, request: RerankRequest) -> Iterator[Slice]:
         """One pair for each document."""
-        query = next(token_ids(self.tokenizer, [request.query], check))
+        query = one_text(self.tokenizer, request.query)
         query_truncated = len(query) >= self._room
         if query_truncated:
             query = query[: self._room // 2]
         room = self._room - len(query)
-        sequences = [
-            self._template.around(query, ids[:room], truncated=len(ids) > room)
-            for ids in token_ids(self.tokenizer, request.documents, check)
-        ]
-        return Encoded(sequences, query_truncated=query_truncated)
+        for first, ids, characters in token_ids(self.tokenizer, request.documents):
+            sequences = [
+                self._template.around(query, each[:room], document=document, truncated=len(each) > room)
+                for document, each in enumerate(ids, first)
+            ]
+            yield Slice(sequences, characters, query_truncated)
 
-    def rows(self, padded: Padded) -> torch.Tensor:
-        """Logits: float32 [pairs, 1]."""
-        logits: torch.Tensor = self.model(**self.encoder_inputs(padded)).logits
-        return logits.float()
+    def rows(self, layout: Layout, inputs: dict[str, Any]) -> torch.Tensor:
+        """Logits: [pairs, 1]."""
+        logits: torch.Tensor = self.model(**inputs).logits
+        return logits
 
     def scores(self, rows: torch.Tensor) -> torch.Tensor:
         """The sigmoid of the only column."""

@@ -8,32 +8,42 @@ tokens (tokenizers keep every cut piece of a pair together with a copy of the qu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 from genserve_backend.checkpoints import CheckpointError
-from genserve_backend.rerank.scorers.base import TokenSequence
+from genserve_backend.rerank.scorers.layouts import TokenSequence
 
-# Between two checks for cancellation: some tens of milliseconds of work.
+# A slice: some tens of milliseconds of work.
 _TEXTS_AT_ONCE = 64
 _CHARACTERS_AT_ONCE = 200_000
 
 
-def token_ids(tokenizer: Any, texts: Iterable[str], check: Callable[[], None]) -> Iterator[list[int]]:
-    """The ids of each text, in order, without special tokens around it and however long it is.
+def token_ids(tokenizer: Any, texts: Iterable[str]) -> Iterator[tuple[int, list[list[int]], int]]:
+    """The ids of each text, without special tokens around it and however long it is, a slice at a time.
 
     Args:
         tokenizer: A fast tokenizer.
         texts: Read as they are needed.
-        check: Called now and then; what it raises ends the work.
+
+    Yields:
+        The number of the slice's first text, the ids of its texts, and how many characters they have.
     """
+    first = 0
     for group in _groups(texts):
-        check()
-        yield from tokenizer(
+        ids = tokenizer(
             group, add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
         )["input_ids"]
+        yield first, ids, sum(map(len, group))
+        first += len(group)
+
+
+def one_text(tokenizer: Any, text: str) -> list[int]:
+    """The ids of one text."""
+    ((_, (ids,), _),) = token_ids(tokenizer, [text])
+    return ids
 
 
 def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -91,14 +101,14 @@ class Template:
         """Tokens of the template itself."""
         return sum(map(len, self.gaps))
 
-    def around(self, *texts: list[int], truncated: bool = False) -> TokenSequence:
+    def around(self, *texts: list[int], document: int | None, truncated: bool) -> TokenSequence:
         """Put the special tokens around `texts`, as many as the template is for."""
         ids = list(self.gaps[0])
         type_ids = list(self.gap_types[0])
         for text, kind, gap, gap_types in zip(texts, self.text_types, self.gaps[1:], self.gap_types[1:], strict=True):
             ids += chain(text, gap)
             type_ids += chain([kind] * len(text), gap_types)
-        return TokenSequence(ids or [self.filler], type_ids or [0], truncated)
+        return TokenSequence(ids or [self.filler], type_ids or [0], document, truncated)
 
     def room(self, max_length: int, *, at_least: int) -> int:
         """Tokens left for the texts in a sequence of `max_length`.

@@ -1,0 +1,49 @@
+"""Builds the engine that a worker runs."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+from genserve_backend.logs import log
+from genserve_backend.rerank.checkpoint import RerankCheckpoint
+from genserve_backend.rerank.engine import RerankEngine
+from genserve_backend.rerank.known import KnownScores, revision_of
+from genserve_backend.rerank.report import Reporter
+from genserve_backend.rerank.scorers import load_scorer
+from genserve_backend.settings import RerankSettings
+from genserve_backend.worker.engine import Emit, Engine
+
+logger = logging.getLogger(__name__)
+
+
+def build(settings: RerankSettings, device: str, emit: Emit) -> Engine:
+    """Load the reranker that `settings` names onto `device` ("cpu", "cuda:0").
+
+    Raises:
+        CheckpointError: The checkpoint is missing, incomplete or of a kind that is not served.
+    """
+    return assemble(RerankCheckpoint.read(settings.model_path), settings, device, emit)
+
+
+def assemble(checkpoint: RerankCheckpoint, settings: RerankSettings, device: str, emit: Emit) -> RerankEngine:
+    """The engine for a checkpoint."""
+    scorer = load_scorer(checkpoint, settings, device)
+    log(
+        logger,
+        logging.INFO,
+        "reranker loaded",
+        model=checkpoint.name,
+        kind=checkpoint.kind,
+        device=device,
+        packed=scorer.packs,
+    )
+    return RerankEngine(
+        scorer=scorer,
+        known=KnownScores(max_bytes=settings.score_cache_bytes, revision=revision_of(checkpoint.path)),
+        reporter=Reporter(device=torch.device(device), emit=emit),
+        settings=settings,
+        emit=emit,
+        max_num_batched_tokens=settings.token_budget(device),
+    )
