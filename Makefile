@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-CHECKPOINTS := demo/flux/model_index.json demo/rerank/config.json
+CHECKPOINTS := demo/rerank/config.json
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export FLUX_MODEL_PATH ?= $(CURDIR)/demo/flux
 export RERANK_MODEL_PATH ?= $(CURDIR)/demo/rerank
@@ -23,10 +23,6 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -m venv --clear .venv
 	@$(BIN)/pip install --quiet --constraint constraints.txt torch
 	@$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	@touch $@
-
-demo/flux/model_index.json: demo/make_flux.py | $(STAMP)
-	@$(BIN)/python demo/make_flux.py --output demo/flux --force
 	@touch $@
 
 demo/rerank/config.json: | $(STAMP)
@@ -59,4 +55,4 @@ perf: $(STAMP) $(CHECKPOINTS)  ## Run perf_analyzer against a server of its own
 	@$(BIN)/python perf/run.py
 
 clean:  ## Remove what make has built
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache demo/flux demo/rerank demo/out perf/results
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache demo/rerank demo/out perf/results

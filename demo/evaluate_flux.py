@@ -31,6 +31,18 @@ WANTED = {"background": 0.95, "colour": 0.90, "shape": 0.85, "relation": 0.70}
 """The share of right ones that the shipped checkpoint has to reach."""
 
 
+ASPECTS = {
+    "background": "background",
+    "number": "number of things",
+    "colour": "colour of a thing",
+    "shape": "shape of a thing",
+    "place": "place of a single thing",
+    "relation": "relation of two things",
+    "everything": "everything",
+}
+"""What is judged, as the table calls it."""
+
+
 def prompts(count: int, seed: int) -> list[tuple[Scene, str]]:
     """Held-out scenes with a caption each; every second one has two things."""
     rng = random.Random(f"evaluation {seed}")
@@ -80,9 +92,10 @@ def evaluate(
 def table(found: dict[str, list[bool]]) -> str:
     """The shares in Markdown."""
     lines = ["| aspect | right | of | wanted |", "| --- | --- | --- | --- |"]
-    for aspect, right in found.items():
+    for aspect, name in ASPECTS.items():
+        right = found[aspect] or [False]
         wanted = f"{WANTED[aspect]:.0%}" if aspect in WANTED else ""
-        lines.append(f"| {aspect} | {sum(right) / len(right):.1%} | {len(right)} | {wanted} |")
+        lines.append(f"| {name} | {sum(right) / len(right):.1%} | {len(right)} | {wanted} |")
     return "\n".join(lines)
 
 

@@ -303,15 +303,18 @@ def write_index(folder: Path) -> None:
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
+def change_json(path: Path, **values: str) -> None:
+    """Set values in a JSON file."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(config | values, indent=2) + "\n", encoding="utf-8")
+
+
 def write_tokenizers(folder: Path, tokenizer: CLIPTokenizer, tokenizer_2: PreTrainedTokenizerFast) -> None:
     """Write both tokenizers so that transformers 4 and 5 read them."""
     tokenizer.save_pretrained(folder / "tokenizer")
     tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))  # vocab.json and merges.txt, for transformers 4
     tokenizer_2.save_pretrained(folder / "tokenizer_2")
-    path = folder / "tokenizer_2" / "tokenizer_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    change_json(folder / "tokenizer_2" / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
 
 
 def write_clip_encoder(folder: Path, model: CLIPTextModel) -> None:
@@ -330,8 +333,11 @@ def write_checkpoint(folder: Path, parts: Parts) -> None:
     """Write all parts into `folder`."""
     write_tokenizers(folder, parts.tokenizer, parts.tokenizer_2)
     write_clip_encoder(folder / "text_encoder", parts.text_encoder)
-    parts.scheduler.save_pretrained(folder / "scheduler")
     parts.text_encoder_2.save_pretrained(folder / "text_encoder_2")
+    # Where nobody says otherwise, transformers takes this dtype and diffusers float32: they have to be the same.
+    for name in ("text_encoder", "text_encoder_2"):
+        change_json(folder / name / "config.json", dtype="float32")
+    parts.scheduler.save_pretrained(folder / "scheduler")
     parts.vae.save_pretrained(folder / "vae")
     parts.transformer.save_pretrained(folder / "transformer")
     write_index(folder)

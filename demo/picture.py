@@ -27,7 +27,7 @@ PROMPTS = (
 COLUMNS = 4
 SIZE = 192
 """Pixels of one image in the picture; the images are made at the checkpoint's native size."""
-CAPTION = 44
+CAPTION = 56
 MARGIN = 8
 
 
@@ -43,6 +43,7 @@ def draw(url: str, output: Path, *, seed: int, steps: int) -> None:
         row, column = divmod(index, COLUMNS)
         left, top = MARGIN + column * (SIZE + MARGIN), MARGIN + row * (SIZE + CAPTION + MARGIN)
         picture.paste(image.resize((SIZE, SIZE), Image.Resampling.LANCZOS), (left, top))
+        pen.rectangle((left, top, left + SIZE - 1, top + SIZE - 1), outline="lightgray")
         middle = left + SIZE / 2, top + SIZE + CAPTION / 2
         pen.multiline_text(middle, textwrap.fill(prompt, 29), fill="black", font=font, anchor="mm", align="center")
     output.parent.mkdir(parents=True, exist_ok=True)

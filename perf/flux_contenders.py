@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from diffusers import FluxPipeline
 
+from engine_task import EngineTask
 from flux_load import Load, Request, Timing, drive
-from genserve_backend.errors import RequestError
 from genserve_backend.flux.checkpoint import FluxCheckpoint
 from genserve_backend.flux.request import parse
 from genserve_backend.settings import FluxSettings
@@ -147,29 +147,6 @@ def static_fleet(checkpoint: FluxCheckpoint, load: Load) -> Callable[[Request], 
 
         threading.Thread(target=waiting.serve, args=[work], daemon=True).start()
     return waiting.call
-
-
-class EngineTask:
-    """A request on its way through an engine's worker; a `worker.supervisor.Task`."""
-
-    def __init__(self, task_id: str) -> None:
-        self.task_id = task_id
-        self.answer: Future[Any] = Future()
-
-    def is_cancelled(self) -> bool:
-        """Never."""
-        return False
-
-    def on_progress(self, step: int, steps: int, preview: bytes) -> None:
-        """Nobody looks."""
-
-    def on_done(self, result: Any) -> None:
-        """The image."""
-        self.answer.set_result(result)
-
-    def on_failed(self, error: RequestError) -> None:
-        """The error."""
-        self.answer.set_exception(error)
 
 
 def engines(checkpoint: FluxCheckpoint, load: Load) -> Callable[[Request], object]:

@@ -71,7 +71,8 @@ def _genserve(
 ) -> Process:
     return subprocess.Popen(
         [sys.executable, "-m", "genserve", *arguments],
-        env={**os.environ, **(environment or {}), "GENSERVE_STATE_DIR": state},
+        # No score cache: a load that repeats its requests would measure that.
+        env={"SCORE_CACHE_BYTES": "0", **os.environ, **(environment or {}), "GENSERVE_STATE_DIR": state},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=errors,

@@ -68,6 +68,7 @@ class Server:
             "RERANK_MODEL_PATH": str(ROOT / "demo" / "rerank"),
             "GENSERVE_STATE_DIR": str(self.state),
             "GENSERVE_LOG_LEVEL": "DEBUG",
+            "SCORE_CACHE_BYTES": "0",  # or a request sent again would be compared with itself
             **self.environment,
         }
         return subprocess.run(

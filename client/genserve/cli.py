@@ -108,6 +108,12 @@ def generate(
 @click.argument("file", type=click.File(encoding="utf-8"))
 @click.option("--top-n", type=click.IntRange(min=1), help="How many to print.  [default: all]")
 @click.option("--instruction", help="Task instruction, for rerankers that take one.")
+@click.option(
+    "--windows",
+    type=click.IntRange(1, 64),
+    default=1,
+    help="Parts in which a document that is too long is read; the best one counts.  [default: 1, cut it]",
+)
 @priority_option
 @timeout_option
 @url_option
@@ -117,6 +123,7 @@ def rerank(
     file: Any,
     top_n: int | None,
     instruction: str | None,
+    windows: int,
     priority: str,
     timeout: float,
     urls: tuple[str, ...],
@@ -129,7 +136,13 @@ def rerank(
         _fail(f"{file.name} is not UTF-8 text")
     with _client(urls) as client:
         ranked = client.rerank(
-            query, documents, top_n=top_n, instruction=instruction, priority=priority, timeout=timeout
+            query,
+            documents,
+            top_n=top_n,
+            instruction=instruction,
+            windows=windows,
+            priority=priority,
+            timeout=timeout,
         )
     if as_json:
         click.echo(json.dumps([asdict(document) for document in ranked], ensure_ascii=False))

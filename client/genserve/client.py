@@ -133,6 +133,7 @@ class Client:
         *,
         top_n: int | None = None,
         instruction: str | None = None,
+        windows: int = 1,
         priority: str = "normal",
         timeout: float | None = None,
     ) -> list[RankedDocument]:
@@ -143,6 +144,8 @@ class Client:
             documents: 1 to 1,000 texts.
             top_n: How many to return; None for all.
             instruction: The task instruction of instruction-tuned rerankers; None for the model's own.
+            windows: Overlapping parts, 1 to 64, in which a document beyond the model's length limit is read at most;
+                its score is the highest of theirs. 1 cuts it at the limit.
             priority: ``high``, ``normal`` or ``low``.
             timeout: Seconds that the call may take in all.
 
@@ -160,6 +163,7 @@ class Client:
             query,
             documents,
             instruction=instruction,
+            windows=windows,
             priority=priority,
             timeout=timeout,
             request_id=uuid.uuid4().hex,

@@ -34,6 +34,7 @@ DTYPES = {
     "QUERY": "BYTES",
     "DOCUMENTS": "BYTES",
     "INSTRUCTION": "BYTES",
+    "WINDOWS": "INT32",
     "ACTION": "BYTES",
 }
 NUMPY = {"BYTES": np.object_, "FP32": np.float32, "INT32": np.int32, "INT64": np.int64}
@@ -103,6 +104,7 @@ def rerank_call(
     documents: Sequence[str],
     *,
     instruction: str | None,
+    windows: int,
     priority: str,
     timeout: float | None,
     request_id: str,
@@ -111,6 +113,8 @@ def rerank_call(
     inputs = {"QUERY": _array("QUERY", [query], (1, 1)), "DOCUMENTS": _array("DOCUMENTS", documents, (1, -1))}
     if instruction is not None:
         inputs["INSTRUCTION"] = _array("INSTRUCTION", [instruction], (1, 1))
+    if windows != 1:
+        inputs["WINDOWS"] = _array("WINDOWS", [windows], (1, 1))
     return Call(
         "rerank",
         inputs,

@@ -16,14 +16,13 @@ from diffusers import FluxPipeline, FluxTransformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL import Image
 from torch import Tensor, nn
-from torch.nn import functional
 
 from genserve_backend.flux.attention import RaggedAttention, rotation_of
 from make_flux import flux_scheduler
 from shapes.captions import describe
 from training.autoencoder import NATIVE_SIZE
 from training.latents import Bucket, Size
-from training.stage import Sitting, Stage
+from training.stage import DECAY, Sitting, Stage
 from training.text import MAX_SEQUENCE_LENGTH, WIDTH, TextParts
 
 HEADS = 6
@@ -35,6 +34,10 @@ NO_GUIDANCE = 1.0
 _LENGTHS = (MAX_SEQUENCE_LENGTH,) * 14 + (48, 96)
 _UNTOLD = 0.1
 """The share of pictures whose caption is empty, which guidance needs."""
+_LOCATION = 0.6
+"""Of the logit-normal distribution of sigmas, before the shift."""
+_DIFFERENT = 0.5
+"""The mean square distance from the background from which on a token counts as having something on it."""
 _NATIVE = (NATIVE_SIZE, NATIVE_SIZE)
 
 
@@ -42,11 +45,11 @@ _NATIVE = (NATIVE_SIZE, NATIVE_SIZE)
 class FlowPlan:
     """How long and on what the transformer trains."""
 
-    steps: int = 5000
+    steps: int = 6200
     tokens: int = 48 * 64
     """Image tokens of a batch, whatever the pictures' size."""
     rate: float = 1e-3
-    native: float = 0.7
+    native: float = 0.85
     """The share of batches of the native size."""
     pictures: dict[Size, int] = field(
         default_factory=lambda: {
@@ -63,6 +66,12 @@ class FlowPlan:
         }
     )
     """How many pictures of each size are encoded."""
+    emphasis: float = 2.5
+    """The weight of tokens with something on them, against those of plain background, while the rate is at its peak.
+
+    Three tokens in four are background, which is learnt first. The rest of the training weighs all alike, because the
+    emphasis favours pictures with more on them where the noise leaves that open.
+    """
     show: int = 500
     """Steps between two sample grids."""
 
@@ -141,10 +150,19 @@ def train_flow(
         batch = draw_batch(stage, text, pick(buckets, stage.rng, native=plan.native), plan.tokens)
         with torch.autocast(sitting.device.type, dtype=torch.bfloat16):
             predicted = predict(model, batch, guidance=torch.full_like(batch.sigmas, NO_GUIDANCE))
-        stage.optimize(functional.mse_loss(predicted.float(), batch.velocity))
+        weights = _weights(batch.latents, plan.emphasis if step < (1 - DECAY) * plan.steps else 1.0)
+        error = (predicted.float() - batch.velocity).square().mean(dim=-1)
+        stage.optimize((weights * error).mean(), error=error.mean())
         if (step + 1) % plan.show == 0:
             show(stage, pipeline, guidance=NO_GUIDANCE)
     return stage.averaged.module.eval()
+
+
+def _weights(latents: Tensor, emphasis: float) -> Tensor:
+    """A weight for each token ``[pictures, tokens]``, one for those of plain background."""
+    background = latents.median(dim=1, keepdim=True).values
+    something = (latents - background).square().mean(dim=-1) > _DIFFERENT
+    return 1 + (emphasis - 1) * something
 
 
 def train_quickly(model: FluxTransformer2DModel) -> None:
@@ -202,13 +220,17 @@ def draw_batch(stage: Stage, text: TextParts, bucket: Bucket, tokens: int, *, un
 
 
 def draw_sigmas(count: int, tokens: int, generator: torch.Generator) -> Tensor:
-    """Logit-normal sigmas, shifted like the scheduler's."""
+    """Logit-normal sigmas, shifted like the scheduler's.
+
+    Their location is above zero: what a caption says of a shape shows at sigmas from 0.6 to 0.95, where a wrong shape
+    in the caption raises the error by a fifth to a third; below 0.4 it hardly matters.
+    """
     scheduler = flux_scheduler(schnell=False)
     config = scheduler.config
     mu = calculate_shift(
         tokens, config.base_image_seq_len, config.max_image_seq_len, config.base_shift, config.max_shift
     )
-    sigmas: Tensor = scheduler.time_shift(mu, 1.0, torch.randn(count, generator=generator).sigmoid())
+    sigmas: Tensor = scheduler.time_shift(mu, 1.0, (_LOCATION + torch.randn(count, generator=generator)).sigmoid())
     return sigmas
 
 

@@ -28,7 +28,7 @@ SHOWN_GUIDANCE = 3.5
 class GuidancePlan:
     """How long and on what the guidance is distilled."""
 
-    steps: int = 800
+    steps: int = 600
     tokens: int = 48 * 64
     rate: float = 3e-4
     native: float = 0.7

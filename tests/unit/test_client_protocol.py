@@ -41,7 +41,7 @@ def generate(prompt: Any = "a cat", **given: Any) -> Call:
 
 
 def rerank(query: Any = "q", documents: Any = ("a", "b"), **given: Any) -> Call:
-    values = {"instruction": None, "priority": "normal", "timeout": None, "request_id": "id", **given}
+    values = {"instruction": None, "windows": 1, "priority": "normal", "timeout": None, "request_id": "id", **given}
     return rerank_call(query, documents, **values)
 
 

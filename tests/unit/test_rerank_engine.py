@@ -20,6 +20,7 @@ from genserve_backend.rerank.report import Reporter
 from genserve_backend.rerank.request import RerankRequest
 from genserve_backend.rerank.scorers.base import Scorer, Slice
 from genserve_backend.rerank.scorers.layouts import Layout, TokenSequence
+from genserve_backend.rerank.scorers.text import windows
 from genserve_backend.rerank.sentence import Pooling
 from genserve_backend.settings import RerankSettings
 from genserve_backend.worker.engine import Job
@@ -314,3 +315,52 @@ def test_known_scores_stay_within_their_memory() -> None:
     known.put((key, Score(0.5, truncated=False)) for key in keys)
     assert len(known) == 10
     assert set(known.get(keys)) == set(range(20, 30))
+
+
+class WindowScorer(StubScorer):
+    """Reads a document in parts of ten characters; a part scores what its digit says, and zero is no number."""
+
+    def read(self, request: RerankRequest) -> Iterator[Slice]:
+        for document, text in enumerate(request.documents):
+            parts = [text[start : start + 10] for start in range(0, len(text), 10)]
+            read = parts[: request.windows]
+            sequences = [TokenSequence([int(part[0])], [], document, truncated=len(read) < len(parts)) for part in read]
+            yield Slice(sequences, len(text))
+
+    def forward(self, batch: Sequence[TokenSequence]) -> torch.Tensor:
+        return torch.tensor([[sequence.ids[0] / 10 or float("nan")] for sequence in batch])
+
+
+@pytest.mark.parametrize(("parts", "score", "truncated"), [(1, 0.1, [0]), (2, 0.7, [0]), (3, 0.7, [])])
+def test_a_document_is_as_good_as_its_best_window(parts: int, score: float, truncated: list[int]) -> None:
+    documents = ("1" * 10 + "7" * 10 + "3" * 5, "2")
+    (result,) = engine(WindowScorer()).results(RerankRequest("query", documents, None, windows=parts))
+    assert result.scores == pytest.approx([score, 0.2])
+    assert result.truncated == truncated
+
+
+@pytest.mark.parametrize("digits", ["05", "50", "505"])
+def test_a_window_that_is_not_a_number_fails_its_request(digits: str) -> None:
+    document = "".join(digit * 10 for digit in digits)
+    (failed,) = engine(WindowScorer()).run(RerankRequest("query", (document,), None, windows=9))
+    assert isinstance(failed, ServerError)
+
+
+@pytest.mark.parametrize(
+    ("length", "room", "at_most", "spans"),
+    [
+        (0, 8, 4, [(0, 0)]),
+        (8, 8, 4, [(0, 8)]),
+        (9, 8, 4, [(0, 8), (7, 9)]),
+        (30, 16, 9, [(0, 16), (14, 30)]),
+        (31, 16, 9, [(0, 16), (14, 30), (28, 31)]),
+        (31, 16, 2, [(0, 16), (14, 30)]),
+        (5, 1, 9, [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)]),
+    ],
+    ids=str,
+)
+def test_windows(length: int, room: int, at_most: int, spans: list[tuple[int, int]]) -> None:
+    ids = list(range(length))
+    parts = windows(ids, room, at_most=at_most)
+    assert [part for part, _ in parts] == [ids[start:end] for start, end in spans]
+    assert [truncated for _, truncated in parts] == [False] * (len(spans) - 1) + [spans[-1][1] < length]

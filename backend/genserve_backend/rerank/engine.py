@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Sequence
 from queue import Empty, SimpleQueue
+from typing import cast
 
 import torch
 
@@ -202,16 +203,19 @@ class RerankEngine:
         self._emit(Done(job.submit.job, result))
 
     def _scores(self, ranking: Ranking) -> dict[int, Score]:
-        """The scores that the model gives, by document."""
+        """The scores that the model gives, by document: the highest of its windows."""
         documents = [sequence for sequence in ranking.sequences if sequence.document is not None]
         if not documents:
             return {}
         values = self._scorer.scores(torch.stack([row for row in ranking.rows if row is not None])).tolist()
-        return {
-            sequence.document: Score(value, sequence.truncated)
-            for sequence, value in zip(documents, values, strict=True)
-            if sequence.document is not None
-        }
+        scores: dict[int, Score] = {}
+        for sequence, value in zip(documents, values, strict=True):
+            number = cast("int", sequence.document)
+            before = scores.get(number, Score(value, truncated=False))
+            # Not max(), which may lose what is not a number.
+            is_best = value > before.value or math.isnan(value)
+            scores[number] = Score(value if is_best else before.value, before.truncated or sequence.truncated)
+        return scores
 
     def _fail(self, ranking: Ranking, error: RequestError) -> None:
         """Answer a request with an error; one that has been answered already is left alone."""

@@ -42,7 +42,7 @@ class KnownScores:
         """A key for each document; none where nothing is kept."""
         if not self._scores.maxsize:
             return []
-        start = _hash((self._revision, request.instruction or "", request.query))
+        start = _hash((self._revision, str(request.windows), request.instruction or "", request.query))
         keys = []
         for document in request.documents:
             pair = start.copy()

@@ -10,6 +10,7 @@ MAX_QUERY_CHARACTERS = 10_000
 MAX_INSTRUCTION_CHARACTERS = 10_000
 MAX_DOCUMENTS = 1_000
 MAX_DOCUMENT_CHARACTERS = 1_000_000
+MAX_WINDOWS = 64
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,10 @@ class RerankRequest:
     """1 to 1,000 documents of at most 1,000,000 characters each; an empty one is scored like any other."""
     instruction: str | None
     """At most 10,000 characters; None and "" stand for the model's own. Models without instructions ignore it."""
+
+    windows: int = 1
+    """Overlapping parts, 1 to 64, in which a document beyond the length limit is read at most; its score is the highest
+    of theirs. 1 cuts it at the limit."""
 
     @property
     def work(self) -> float:
@@ -57,6 +62,8 @@ def validate(request: RerankRequest) -> None:
         raise InvalidInput.of("DOCUMENTS", f"{count:,} documents", f"1 to {MAX_DOCUMENTS:,} documents")
     for index, document in enumerate(request.documents):
         _check_length(f"DOCUMENTS[{index}]", document, at_least=0, at_most=MAX_DOCUMENT_CHARACTERS)
+    if not 1 <= request.windows <= MAX_WINDOWS:
+        raise InvalidInput.of("WINDOWS", request.windows, f"1 to {MAX_WINDOWS}")
     _check_length("INSTRUCTION", request.instruction or "", at_least=0, at_most=MAX_INSTRUCTION_CHARACTERS)
 
 

@@ -36,11 +36,12 @@ class TritonPythonModel:
     def read(self, request: Any) -> list[tuple[Values, RerankRequest]]:
         """Each row's values, and the checked request that they make."""
         rows = []
-        for values in read_rows(request, scalars=("QUERY", "INSTRUCTION"), lists=("DOCUMENTS",)):
+        for values in read_rows(request, scalars=("QUERY", "INSTRUCTION", "WINDOWS"), lists=("DOCUMENTS",)):
             engine_request = RerankRequest(
                 query=values["QUERY"],
                 documents=tuple(values["DOCUMENTS"]),
                 instruction=values.get("INSTRUCTION") or None,
+                windows=values.get("WINDOWS", 1),
             )
             validate(engine_request)
             rows.append((values, engine_request))

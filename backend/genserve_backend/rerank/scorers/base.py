@@ -118,9 +118,9 @@ class Scorer(ABC):
         Raises:
             torch.OutOfMemoryError: The batch does not fit into the device's memory.
         """
-        layout = self._lay_out(batch)
-        types = {"token_type_ids": layout.type_ids} if self._takes_types else {}
         with torch.inference_mode():
+            layout = self._lay_out(batch)
+            types = {"token_type_ids": layout.type_ids} if self._takes_types else {}
             return self.rows(layout, layout.inputs | types).float().cpu()
 
     @property

@@ -15,7 +15,7 @@ from genserve_backend.rerank.checkpoint import RerankCheckpoint
 from genserve_backend.rerank.request import RerankRequest
 from genserve_backend.rerank.scorers.base import Placement, Scorer, Slice
 from genserve_backend.rerank.scorers.layouts import Layout
-from genserve_backend.rerank.scorers.text import Template, token_ids
+from genserve_backend.rerank.scorers.text import Template, token_ids, windows
 from genserve_backend.rerank.sentence import Pooling
 
 
@@ -52,12 +52,9 @@ class BiEncoder(Scorer):
         texts = (text.lower() if self._sentence.lowercase else text for text in chain([query], documents))
         for first, ids, characters in token_ids(self.tokenizer, texts):
             sequences = [
-                self._template.around(
-                    each[: self._room],
-                    document=number - 1 if number else None,
-                    truncated=len(each) > self._room,
-                )
+                self._template.around(part, document=number - 1 if number else None, truncated=truncated)
                 for number, each in enumerate(ids, first)
+                for part, truncated in windows(each, self._room, at_most=request.windows if number else 1)
             ]
             yield Slice(sequences, characters, query_truncated=not first and sequences[0].truncated)
 

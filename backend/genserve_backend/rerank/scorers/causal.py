@@ -15,7 +15,7 @@ from genserve_backend.rerank.prefix import Prefix, shared
 from genserve_backend.rerank.request import RerankRequest
 from genserve_backend.rerank.scorers.base import Placement, Scorer, Slice
 from genserve_backend.rerank.scorers.layouts import Layout, TokenSequence
-from genserve_backend.rerank.scorers.text import one_text, token_ids
+from genserve_backend.rerank.scorers.text import one_text, token_ids, windows
 from genserve_backend.rerank.sentence import Pooling
 
 PREFIX = (
@@ -69,13 +69,21 @@ class Causal(Scorer):
         lead_ids, head_ids = one_text(self.tokenizer, lead), one_text(self.tokenizer, head)
         bodies = (head + document for document in request.documents)
         for first, ids, characters in token_ids(self.tokenizer, bodies):
-            cut = [body[: self._room] for body in ids]
-            prefix = self._shared(lead_ids, head_ids, cut, alone=len(request.documents) == 1)
+            prefix = self._shared(lead_ids, head_ids, ids, alone=len(request.documents) == 1)
             sequences = [
-                self._prompt(body, document, prefix, truncated=len(ids[document - first]) > self._room)
-                for document, body in enumerate(cut, first)
+                self._prompt(part, document, prefix, truncated=truncated)
+                for document, body in enumerate(ids, first)
+                for part, truncated in self._windows(body, head_ids, at_most=request.windows)
             ]
             yield Slice(sequences, characters - len(head) * len(ids), query_truncated=len(head_ids) > self._room)
+
+    def _windows(self, body: list[int], head: list[int], *, at_most: int) -> list[tuple[list[int], bool]]:
+        """A body whose document is too long in parts, each of them behind instruction and query."""
+        kept = shared([body], head)
+        if len(body) <= self._room or kept >= self._room or at_most == 1:
+            return [(body[: self._room], len(body) > self._room)]
+        parts = windows(body[kept:], self._room - kept, at_most=at_most)
+        return [(body[:kept] + part, truncated) for part, truncated in parts]
 
     def rows(self, layout: Layout, inputs: dict[str, Any]) -> torch.Tensor:
         """Logits of no and yes: float32 [prompts, 2]."""
@@ -98,9 +106,9 @@ class Causal(Scorer):
         """
         if not (self.packs and self._shares):
             return None
-        instructed = shared([head, *bodies], lead)
+        instructed = min(shared([head, *bodies], lead), self._room)
         parent = Prefix(tuple(self._prefix + lead[:instructed]))
-        length = instructed if alone else shared(bodies, head)
+        length = instructed if alone else min(shared(bodies, head), self._room)
         return Prefix(tuple(self._prefix + head[:length]), parent) if length > instructed else parent
 
     def _answer_id(self, word: str) -> int:

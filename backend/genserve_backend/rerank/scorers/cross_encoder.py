@@ -13,7 +13,7 @@ from genserve_backend.rerank.checkpoint import RerankCheckpoint
 from genserve_backend.rerank.request import RerankRequest
 from genserve_backend.rerank.scorers.base import Placement, Scorer, Slice
 from genserve_backend.rerank.scorers.layouts import Layout
-from genserve_backend.rerank.scorers.text import Template, one_text, token_ids
+from genserve_backend.rerank.scorers.text import Template, one_text, token_ids, windows
 from genserve_backend.rerank.sentence import Pooling
 
 
@@ -45,8 +45,9 @@ class CrossEncoder(Scorer):
         room = self._room - len(query)
         for first, ids, characters in token_ids(self.tokenizer, request.documents):
             sequences = [
-                self._template.around(query, each[:room], document=document, truncated=len(each) > room)
+                self._template.around(query, part, document=document, truncated=truncated)
                 for document, each in enumerate(ids, first)
+                for part, truncated in windows(each, room, at_most=request.windows)
             ]
             yield Slice(sequences, characters, query_truncated)
 

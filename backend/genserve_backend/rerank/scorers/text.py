@@ -20,6 +20,9 @@ from genserve_backend.rerank.scorers.layouts import TokenSequence
 _TEXTS_AT_ONCE = 64
 _CHARACTERS_AT_ONCE = 200_000
 
+OVERLAP = 8
+"""Windows share one token in so many with their neighbours, so that a sentence at an edge is whole in one of them."""
+
 
 def token_ids(tokenizer: Any, texts: Iterable[str]) -> Iterator[tuple[int, list[list[int]], int]]:
     """The ids of each text, without special tokens around it and however long it is, a slice at a time.
@@ -44,6 +47,24 @@ def one_text(tokenizer: Any, text: str) -> list[int]:
     """The ids of one text."""
     ((_, (ids,), _),) = token_ids(tokenizer, [text])
     return ids
+
+
+def windows(ids: list[int], room: int, *, at_most: int) -> list[tuple[list[int], bool]]:
+    """Cut a text that is too long.
+
+    Args:
+        ids: The text's tokens.
+        room: Tokens of a part, at most.
+        at_most: Parts.
+
+    Returns:
+        Parts that overlap by an eighth of `room`, and for each whether tokens were left out behind it, which only the
+        last may say.
+    """
+    stride = max(room - room // OVERLAP, 1)
+    count = 1 + max(0, -(-(len(ids) - room) // stride))
+    starts = [number * stride for number in range(min(count, at_most))]
+    return [(ids[start : start + room], start == starts[-1] and start + room < len(ids)) for start in starts]
 
 
 def _groups(texts: Iterable[str]) -> Iterator[list[str]]:

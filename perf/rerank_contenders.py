@@ -1,0 +1,109 @@
+"""Ways to serve a cross-encoder, each under the same load: what GenServe is compared with.
+
+Run by compare_rerank.py, one process for each: ``python rerank_contenders.py NAME CHECKPOINT LOAD.json``. Prints JSON.
+They answer calls of their own process, with no server in front, and so have an advantage.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from itertools import count
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from engine_task import EngineTask
+from genserve_backend.rerank.request import RerankRequest
+from genserve_backend.settings import RerankSettings
+from genserve_backend.worker.messages import Start
+from genserve_backend.worker.supervisor import Supervisor
+from rerank_load import Load, Request, Timing, drive
+
+Call = Callable[[Request], Sequence[float]]
+SORTED_BATCH = 32
+"""What sentence-transformers takes by default."""
+
+
+class Model:
+    """A cross-encoder as a web process would call it."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self._tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        self._model = AutoModelForSequenceClassification.from_pretrained(checkpoint).eval()
+
+    @torch.inference_mode()
+    def __call__(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """One padded forward."""
+        queries, documents = zip(*pairs, strict=True)
+        inputs = self._tokenizer(
+            list(queries), list(documents), padding=True, truncation="only_second", max_length=512, return_tensors="pt"
+        )
+        scores: list[float] = self._model(**inputs).logits[:, 0].sigmoid().tolist()
+        return scores
+
+
+def naive(checkpoint: Path, _load: Load) -> Call:
+    """One padded forward for each request, behind a lock: what a Triton model without an engine does."""
+    model, lock = Model(checkpoint), threading.Lock()
+
+    def call(request: Request) -> Sequence[float]:
+        with lock:
+            return model([(request.query, document) for document in request.documents])
+
+    return call
+
+
+class Engine:
+    """GenServe's engine in its worker, without a server in front."""
+
+    def __init__(self, checkpoint: Path, _load: Load) -> None:
+        settings = RerankSettings(model_path=checkpoint, score_cache_bytes=0)
+        self._supervisor = Supervisor(Start("genserve_backend.rerank.load:build", settings, "cpu", "rerank_0"))
+        self._supervisor.start()
+        self._numbers = count()
+
+    def __call__(self, request: Request) -> Sequence[float]:
+        """Scores."""
+        task = EngineTask(str(next(self._numbers)))
+        asked = RerankRequest(request.query, request.documents, None)
+        self._supervisor.submit(task, asked, deadline=time.monotonic() + 600)
+        scores: list[float] = task.answer.result().scores
+        return scores
+
+
+def offline(checkpoint: Path, load: Load) -> Timing:
+    """Everything in one call, sorted by length: what a server could reach that knew all requests beforehand."""
+    model = Model(checkpoint)
+    pairs = [(request.query, document) for request in load.requests for document in request.documents]
+    model(pairs[:SORTED_BATCH])
+    started = time.monotonic()
+    order = sorted(range(len(pairs)), key=lambda index: -len(pairs[index][1]))
+    scores = dict[int, float]()
+    for start in range(0, len(order), SORTED_BATCH):
+        batch = order[start : start + SORTED_BATCH]
+        scores.update(zip(batch, model([pairs[index] for index in batch]), strict=True))
+    seconds = time.monotonic() - started
+    ordered = iter(scores[index] for index in range(len(pairs)))
+    per_request = [[next(ordered) for _ in request.documents] for request in load.requests]
+    return Timing(seconds, [seconds] * len(load.requests), per_request)
+
+
+CALLS: dict[str, Callable[[Path, Load], Call]] = {"engine": Engine, "naive": naive}
+
+
+def main(name: str, checkpoint_path: str, load_path: str) -> None:
+    """Run one contender."""
+    checkpoint = Path(checkpoint_path)
+    load = Load.from_json(Path(load_path).read_text(encoding="utf-8"))
+    timing = offline(checkpoint, load) if name == "offline" else drive(CALLS[name](checkpoint, load), load)
+    print(timing.to_json(), flush=True)
+    os._exit(0)  # whatever other threads do; the engine's worker ends with its parent
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:4])

@@ -1,0 +1,118 @@
+"""The load of compare_rerank.py: requests that all come at once, with documents of very different lengths."""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+
+QUERY_TOKENS = 10
+
+
+@dataclass(frozen=True)
+class Request:
+    """One query with its documents."""
+
+    query: str
+    documents: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What every contender gets."""
+
+    requests: tuple[Request, ...]
+
+    @property
+    def pairs(self) -> int:
+        """Of query and document, in all."""
+        return sum(len(request.documents) for request in self.requests)
+
+    def to_json(self) -> str:
+        """For another process."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Load:
+        """What `to_json` wrote."""
+        requests = json.loads(text)["requests"]
+        return cls(tuple(Request(each["query"], tuple(each["documents"])) for each in requests))
+
+
+def draw_load(checkpoint: Path, *, requests: int, documents: int, tokens: tuple[int, int], seed: int = 0) -> Load:
+    """Requests whose documents have so many tokens, from and to, in words that are one token each."""
+    rng = random.Random(seed)  # noqa: S311
+    vocabulary = AutoTokenizer.from_pretrained(checkpoint).get_vocab()
+    words = sorted(word for word in vocabulary if word.isascii() and word.isalpha() and len(word) > 2)
+
+    def text(count: int) -> str:
+        return " ".join(rng.choices(words, k=count))
+
+    return Load(
+        tuple(
+            Request(text(QUERY_TOKENS), tuple(text(rng.randint(*tokens)) for _ in range(documents)))
+            for _ in range(requests)
+        )
+    )
+
+
+def write_cross_encoder(source: Path, folder: Path) -> None:
+    """A cross-encoder of the shape of the bi-encoder in `source`, with its tokenizer and random weights."""
+    config = BertConfig.from_pretrained(source, num_labels=1)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long it took."""
+
+    seconds: float
+    latencies: list[float]
+    """Seconds of each request."""
+    scores: list[list[float]]
+    """Of each request, in the order of its documents."""
+
+    @property
+    def pairs_per_second(self) -> float:
+        """Over the whole run."""
+        return sum(map(len, self.scores)) / self.seconds
+
+    @property
+    def median_latency(self) -> float:
+        """Seconds."""
+        return statistics.median(self.latencies)
+
+    def to_json(self) -> str:
+        """For another process."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Timing:
+        """What `to_json` wrote."""
+        return cls(**json.loads(text))
+
+
+def drive(call: Callable[[Request], Sequence[float]], load: Load, *, warm_up: int = 4) -> Timing:
+    """Send all requests at once, after a few that are not counted."""
+    for request in load.requests[:warm_up]:
+        call(Request(f"{request.query} again", request.documents))
+
+    def one(request: Request) -> tuple[float, list[float]]:
+        started = time.monotonic()
+        scores = list(call(request))
+        return time.monotonic() - started, scores
+
+    with ThreadPoolExecutor(len(load.requests)) as callers:
+        started = time.monotonic()
+        answers: list[Any] = list(callers.map(one, load.requests))
+        seconds = time.monotonic() - started
+    return Timing(seconds, [latency for latency, _ in answers], [scores for _, scores in answers])
