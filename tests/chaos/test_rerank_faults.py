@@ -6,7 +6,7 @@ import random
 from concurrent.futures import ThreadPoolExecutor
 
 from conftest import Server, wait_until
-from rerank_load import draw_request, same_ranking
+from rerank_requests import draw_request, same_ranking
 
 from genserve import Client
 

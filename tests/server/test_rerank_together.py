@@ -11,7 +11,7 @@ import pytest
 from conftest import PROTOCOLS, Server
 
 from genserve import Client, RankedDocument
-from rerank_load import Request, draw_request, same_ranking
+from rerank_requests import Request, draw_request, same_ranking
 
 COUNT = 200
 CALLERS = 64
