@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from conftest import PROTOCOLS, Server
+from rerank_requests import Request, draw_request, same_ranking
 
 from genserve import Client, RankedDocument
-from rerank_requests import Request, draw_request, same_ranking
 
 COUNT = 200
 CALLERS = 64
