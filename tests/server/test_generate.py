@@ -23,7 +23,7 @@ def test_defaults_come_from_the_checkpoint(client: Client) -> None:
     assert image.image.format == "PNG"
     assert image.info["steps"] == 28
     assert image.info["guidance"] == 3.5
-    assert image.info["max_sequence_length"] == 64
+    assert image.info["max_sequence_length"] == 32
     assert image.info["seed"] == image.seed >= 0
 
 
