@@ -63,9 +63,9 @@ class Result:
 
 
 @contextmanager
-def serving(log: Path) -> Iterator[Client]:
+def serving(checkpoint: Path, log: Path) -> Iterator[Client]:
     """A server of its own: like the pool of pipelines, it gets an instance with one thread for each CPU."""
-    environment = {"FLUX_WORKERS": str(os.cpu_count() or 1), "OMP_NUM_THREADS": "1"}
+    environment = {"FLUX_WORKERS": str(os.cpu_count() or 1), "OMP_NUM_THREADS": "1", "FLUX_MODEL_PATH": str(checkpoint)}
     with (
         own_server(("flux",), log=log, environment=environment) as addresses,
         Client(addresses["grpc"], timeout=CONTENDER_TIMEOUT_S) as client,
@@ -73,7 +73,7 @@ def serving(log: Path) -> Iterator[Client]:
         yield client
 
 
-def run_ours(load: Load, log: Path) -> tuple[Timing, float]:
+def run_ours(checkpoint: Path, load: Load, log: Path) -> tuple[Timing, float]:
     """Through Triton; the timing and the mean size of an image's batches."""
     sizes: list[float] = []
 
@@ -83,14 +83,14 @@ def run_ours(load: Load, log: Path) -> tuple[Timing, float]:
         )
         sizes.append(made.info["mean_batch_size"])
 
-    with serving(log) as client:
+    with serving(checkpoint, log) as client:
         timing = drive(call, load)
     return timing, statistics.mean(sizes[load.concurrency :])  # less the warm-up
 
 
-def run_contender(name: str, load_file: Path) -> Timing:
+def run_contender(name: str, checkpoint: Path, load_file: Path) -> Timing:
     """In a process of its own."""
-    command = [sys.executable, str(HERE / "flux_contenders.py"), name, str(CHECKPOINT), str(load_file)]
+    command = [sys.executable, str(HERE / "flux_contenders.py"), name, str(checkpoint), str(load_file)]
     ended = subprocess.run(
         command, capture_output=True, text=True, timeout=CONTENDER_TIMEOUT_S, check=False, stdin=subprocess.DEVNULL
     )
@@ -141,8 +141,17 @@ def broken_promises(results: dict[str, Result]) -> list[str]:
     "--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Runs of each; medians count."
 )
 @click.option("--only", multiple=True, type=click.Choice([name for name in ROWS if name != OURS]), help="Less to do.")
+@click.option("--flux", "checkpoint", type=click.Path(path_type=Path), default=CHECKPOINT, help="The checkpoint.")
 @click.option("--check", is_flag=True, help="Fail when a ratio is below what is promised.")
-def main(requests: int, concurrency: int, size: int, repeats: int, only: tuple[str, ...], check: bool) -> None:
+def main(
+    requests: int,
+    concurrency: int,
+    size: int,
+    repeats: int,
+    only: tuple[str, ...],
+    checkpoint: Path,
+    check: bool,
+) -> None:
     """Compare GenServe with a global lock, a pool of pipelines, and static batches."""
     load = Load.draw(requests, concurrency, size)
     names = [name for name in ROWS if name == OURS or not only or name in only]
@@ -155,10 +164,10 @@ def main(requests: int, concurrency: int, size: int, repeats: int, only: tuple[s
                 for name, result in results.items():
                     click.echo(f"run {repeat + 1} of {repeats}: {ROWS[name]}", err=True)
                     if name == OURS:
-                        timing, mean_batch = run_ours(load, Path(folder) / "server.log")
+                        timing, mean_batch = run_ours(checkpoint.resolve(), load, Path(folder) / "server.log")
                         result.mean_batch.append(mean_batch)
                     else:
-                        timing = run_contender(name, load_file)
+                        timing = run_contender(name, checkpoint, load_file)
                     result.timings.append(timing)
     except (ServeError, GenServeError, subprocess.TimeoutExpired) as error:
         _fail(str(error))
