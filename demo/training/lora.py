@@ -38,7 +38,7 @@ TARGETS = [
 class LoraPlan:
     """How long and on what the LoRA trains."""
 
-    steps: int = 400
+    steps: int = 1000
     tokens: int = 32 * 64
     rate: float = 2e-3
     pictures: int = 1200
