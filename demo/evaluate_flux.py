@@ -93,9 +93,9 @@ def table(found: dict[str, list[bool]]) -> str:
     """The shares in Markdown."""
     lines = ["| aspect | right | of | wanted |", "| --- | --- | --- | --- |"]
     for aspect, name in ASPECTS.items():
-        right = found[aspect] or [False]
         wanted = f"{WANTED[aspect]:.0%}" if aspect in WANTED else ""
-        lines.append(f"| {name} | {sum(right) / len(right):.1%} | {len(right)} | {wanted} |")
+        if right := found[aspect]:
+            lines.append(f"| {name} | {sum(right) / len(right):.1%} | {len(right)} | {wanted} |")
     return "\n".join(lines)
 
 

@@ -7,22 +7,13 @@ that follow the prompt's text and the seed, not pictures of what the prompt says
 from __future__ import annotations
 
 import argparse
-import contextlib
-import json
 import math
 import sys
-import tempfile
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Sequence
 from pathlib import Path
 
-import diffusers
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from safetensors.torch import load_file, save_file
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from diffusers import AutoencoderKL, FluxTransformer2DModel
 from torch import nn
 from transformers import (
     CLIPTextConfig,
@@ -34,10 +25,19 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from flux_parts import (
+    CLIP_LENGTH,
+    Parts,
+    clip_tokenizer,
+    flux_scheduler,
+    staged,
+    t5_tokenizer,
+    write_checkpoint,
+)
+
 # Two numbers that GenServe reads from a checkpoint: the native image size and the longest prompt in T5 tokens.
 NATIVE_SIZE = 128
 MAX_SEQUENCE_LENGTH = 64
-CLIP_LENGTH = 77
 
 TEXT_WIDTH = 64
 HEADS = 4
@@ -47,9 +47,6 @@ VAE_CHANNELS = (16, 16, 32, 32)
 
 # Added to --seed, because random weights differ in taste: this makes the default one with clear and varied colours.
 FIRST_SEED = 2
-
-CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
-T5_PAD, T5_END, T5_UNKNOWN = "<pad>", "</s>", "<unk>"
 
 CAPTIONS = (
     "a photo of an astronaut riding a horse on mars",
@@ -72,71 +69,6 @@ CAPTIONS = (
 )
 WORDS = tuple(dict.fromkeys(" ".join(CAPTIONS).replace(",", " ").split()))
 """What the tokenizers know by default."""
-
-
-def joined(symbols: list[str], pair: tuple[str, str]) -> list[str]:
-    """`symbols` with every occurrence of `pair` made one symbol."""
-    result: list[str] = []
-    index = 0
-    while index < len(symbols):
-        width = 2 if tuple(symbols[index : index + 2]) == pair else 1
-        result.append("".join(symbols[index : index + width]))
-        index += width
-    return result
-
-
-def learn_merges(vocabulary: Sequence[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges, most frequent first, until every word of `vocabulary` is one symbol.
-
-    The tokenizers library has a trainer, but it breaks ties differently on each run.
-    """
-    spelled = [[*word[:-1], word[-1] + "</w>"] for word in vocabulary]
-    merges: list[tuple[str, str]] = []
-    while counts := Counter(pair for symbols in spelled for pair in pairwise(symbols)):
-        best = min(counts, key=lambda pair: (-counts[pair], pair))
-        merges.append(best)
-        spelled = [joined(symbols, best) for symbols in spelled]
-    return merges
-
-
-def clip_tokenizer(words: Sequence[str] = WORDS) -> CLIPTokenizer:
-    """A byte-level BPE tokenizer like CLIP's, with merges learnt from the words.
-
-    Every byte is a token, alone and at the end of a word, so there is no text that it cannot encode.
-    """
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = learn_merges(words)
-    # The same order as in CLIP's vocabulary: bytes, bytes that end a word, merges, the two special tokens.
-    tokens = [*alphabet, *(character + "</w>" for character in alphabet), *map("".join, merges), CLIP_START, CLIP_END]
-    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CLIP_LENGTH)
-
-
-def t5_tokenizer(words: Sequence[str] = WORDS, *, max_length: int = MAX_SEQUENCE_LENGTH) -> PreTrainedTokenizerFast:
-    """A unigram tokenizer like T5's, with the words and byte fallback for everything else.
-
-    The class is not T5Tokenizer because transformers 5 rebuilds that one without byte fallback when it loads a folder.
-    """
-    special = [(T5_PAD, 0.0), (T5_END, 0.0), (T5_UNKNOWN, 0.0)]
-    pieces = [(f"\u2581{word}", -6.0) for word in words]
-    characters = [(chr(code), -9.0) for code in range(ord("!"), ord("~") + 1)]
-    fallback = [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
-    vocabulary = [*special, ("\u2581", -7.0), *pieces, *characters, *fallback]
-
-    tokenizer = Tokenizer(models.Unigram(vocabulary, unk_id=2, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " ")])
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(prepend_scheme="always")]
-    )
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="always")])
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {T5_END}", special_tokens=[(T5_END, 1)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        model_max_length=max_length,
-        pad_token=T5_PAD,
-        eos_token=T5_END,
-        unk_token=T5_UNKNOWN,
-    )
 
 
 def spread(module: nn.Module, *, gain: float = 1.0) -> None:
@@ -259,98 +191,9 @@ def flux_vae() -> AutoencoderKL:
     return model.eval()
 
 
-def flux_scheduler(*, schnell: bool) -> FlowMatchEulerDiscreteScheduler:
-    """The scheduler of FLUX.1-dev, or of FLUX.1-schnell."""
-    return FlowMatchEulerDiscreteScheduler(
-        num_train_timesteps=1000,
-        shift=1.0 if schnell else 3.0,
-        use_dynamic_shifting=not schnell,
-        base_shift=0.5,
-        max_shift=1.15,
-        base_image_seq_len=256,
-        max_image_seq_len=4096,
-    )
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What a FLUX checkpoint consists of."""
-
-    scheduler: FlowMatchEulerDiscreteScheduler
-    tokenizer: CLIPTokenizer
-    text_encoder: CLIPTextModel
-    tokenizer_2: PreTrainedTokenizerFast
-    text_encoder_2: T5EncoderModel
-    transformer: FluxTransformer2DModel
-    vae: AutoencoderKL
-
-
-def write_index(folder: Path) -> None:
-    """Write model_index.json, which names the class of each part.
-
-    FluxPipeline would write it too, but names classes that only transformers 5 has.
-    """
-    parts = {
-        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"],
-        "text_encoder_2": ["transformers", "T5EncoderModel"],
-        "tokenizer": ["transformers", "CLIPTokenizer"],
-        "tokenizer_2": ["transformers", "PreTrainedTokenizerFast"],
-        "transformer": ["diffusers", "FluxTransformer2DModel"],
-        "vae": ["diffusers", "AutoencoderKL"],
-    }
-    index = {"_class_name": "FluxPipeline", "_diffusers_version": diffusers.__version__, **parts}
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def change_json(path: Path, **values: str) -> None:
-    """Set values in a JSON file."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    path.write_text(json.dumps(config | values, indent=2) + "\n", encoding="utf-8")
-
-
-def write_tokenizers(folder: Path, tokenizer: CLIPTokenizer, tokenizer_2: PreTrainedTokenizerFast) -> None:
-    """Write both tokenizers so that transformers 4 and 5 read them."""
-    tokenizer.save_pretrained(folder / "tokenizer")
-    tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))  # vocab.json and merges.txt, for transformers 4
-    tokenizer_2.save_pretrained(folder / "tokenizer_2")
-    change_json(folder / "tokenizer_2" / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
-
-
-def write_clip_encoder(folder: Path, model: CLIPTextModel) -> None:
-    """Write CLIP's text encoder with the weight names of the published checkpoints.
-
-    transformers 5 reads those and writes shorter ones. transformers 4 does not know these and would skip the weights.
-    """
-    model.save_pretrained(folder)
-    path = folder / "model.safetensors"
-    weights = {f"text_model.{name.removeprefix('text_model.')}": weight for name, weight in load_file(path).items()}
-    path.unlink()  # The loaded weights may still be mapped from this file: it must not be overwritten in place.
-    save_file(weights, path, metadata={"format": "pt"})
-
-
-def write_checkpoint(folder: Path, parts: Parts) -> None:
-    """Write all parts into `folder`."""
-    write_tokenizers(folder, parts.tokenizer, parts.tokenizer_2)
-    write_clip_encoder(folder / "text_encoder", parts.text_encoder)
-    parts.text_encoder_2.save_pretrained(folder / "text_encoder_2")
-    # Where nobody says otherwise, transformers takes this dtype and diffusers float32: they have to be the same.
-    for name in ("text_encoder", "text_encoder_2"):
-        change_json(folder / name / "config.json", dtype="float32")
-    parts.scheduler.save_pretrained(folder / "scheduler")
-    parts.vae.save_pretrained(folder / "vae")
-    parts.transformer.save_pretrained(folder / "transformer")
-    write_index(folder)
-    # Weights are written for their owner alone; a server in a container often runs as someone else.
-    mode = (folder / "model_index.json").stat().st_mode
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(mode)
-
-
 def random_parts(*, seed: int, schnell: bool) -> Parts:
     """Parts with random weights; the caller's random state is left as it was."""
-    tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
+    tokenizer, tokenizer_2 = clip_tokenizer(WORDS), t5_tokenizer(WORDS, max_length=MAX_SEQUENCE_LENGTH)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(FIRST_SEED + seed)
         return Parts(
@@ -362,25 +205,6 @@ def random_parts(*, seed: int, schnell: bool) -> Parts:
             vae=flux_vae(),
             transformer=flux_transformer(guidance_embeds=not schnell),
         )
-
-
-@contextlib.contextmanager
-def staged(output: Path, *, marker: str) -> Iterator[Path]:
-    """A folder beside `output` to write into, which becomes `output` when the block ends without an error.
-
-    Raises:
-        FileExistsError: `output` holds something else than an earlier result, which has the file `marker`.
-    """
-    if output.exists() and not (output / marker).is_file() and not (output.is_dir() and not any(output.iterdir())):
-        raise FileExistsError(f"{output} exists and has no {marker}: not replaced")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
-        folder = Path(scratch) / "new"
-        folder.mkdir()
-        yield folder
-        if output.exists():
-            output.rename(Path(scratch) / "old")
-        folder.rename(output)
 
 
 def make_flux(output: Path, *, seed: int = 0, schnell: bool = False) -> None:

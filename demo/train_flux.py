@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 
-from make_flux import Parts, flux_scheduler, staged, write_checkpoint
+from flux_parts import Parts, flux_scheduler, staged, write_checkpoint
 from training.autoencoder import NATIVE_SIZE, AutoencoderPlan, train_autoencoder
 from training.flow import FlowPlan, new_transformer, train_flow
 from training.guidance import GuidancePlan, distill_guidance

@@ -24,6 +24,7 @@ from rich.table import Table
 from flux_load import STEPS, Load, Request, Timing, drive
 from genserve import Client, GenServeError
 from genserve.serve.options import ServeError
+from own_process import TIMEOUT_S, last_line
 from perf_server import own_server
 
 HERE = Path(__file__).parent
@@ -42,7 +43,6 @@ PROMISES = {"lock": 1.8, "pool": 1.8, "static": 1.2, "engine": 0.95}
 FASTEST = min(STEPS)
 LATENCY_PROMISE = 1 / 3
 """Mean latency of the requests with the fewest steps, at most so many times that of static batches."""
-CONTENDER_TIMEOUT_S = 900
 
 
 @dataclass
@@ -68,7 +68,7 @@ def serving(checkpoint: Path, log: Path) -> Iterator[Client]:
     environment = {"FLUX_WORKERS": str(os.cpu_count() or 1), "OMP_NUM_THREADS": "1", "FLUX_MODEL_PATH": str(checkpoint)}
     with (
         own_server(("flux",), log=log, environment=environment) as addresses,
-        Client(addresses["grpc"], timeout=CONTENDER_TIMEOUT_S) as client,
+        Client(addresses["grpc"], timeout=TIMEOUT_S) as client,
     ):
         yield client
 
@@ -90,13 +90,7 @@ def run_ours(checkpoint: Path, load: Load, log: Path) -> tuple[Timing, float]:
 
 def run_contender(name: str, checkpoint: Path, load_file: Path) -> Timing:
     """In a process of its own."""
-    command = [sys.executable, str(HERE / "flux_contenders.py"), name, str(checkpoint), str(load_file)]
-    ended = subprocess.run(
-        command, capture_output=True, text=True, timeout=CONTENDER_TIMEOUT_S, check=False, stdin=subprocess.DEVNULL
-    )
-    if ended.returncode:
-        raise ServeError(f"{name} failed: {ended.stderr.strip().rpartition(chr(10))[2]}")
-    return Timing.from_json(ended.stdout.strip().rpartition("\n")[2])
+    return Timing.from_json(last_line(HERE / "flux_contenders.py", name, str(checkpoint), str(load_file)))
 
 
 def table(results: dict[str, Result]) -> Table:

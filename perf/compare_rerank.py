@@ -25,6 +25,7 @@ from rich.table import Table
 from genserve import Client, GenServeError
 from genserve.serve.options import ServeError
 from genserve.serve.ports import free_ports
+from own_process import TIMEOUT_S, last_line
 from perf_server import own_server
 from rerank_load import Load, Request, Timing, draw_load, drive, write_cross_encoder
 
@@ -38,7 +39,6 @@ ROWS = {
     "offline": "one call with everything, sorted by length",
     "infinity": "Infinity, torch engine (HTTP)",
 }
-TIMEOUT_S = 900.0
 SAME = 1e-4
 
 
@@ -76,13 +76,7 @@ def run_ours(checkpoint: Path, load: Load, log: Path) -> Timing:
 
 def run_contender(name: str, checkpoint: Path, load_file: Path) -> Timing:
     """In a process of its own."""
-    command = [sys.executable, str(HERE / "rerank_contenders.py"), name, str(checkpoint), str(load_file)]
-    ended = subprocess.run(
-        command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, stdin=subprocess.DEVNULL
-    )
-    if ended.returncode:
-        raise ServeError(f"{name} failed: {ended.stderr.strip().rpartition(chr(10))[2]}")
-    return Timing.from_json(ended.stdout.strip().rpartition("\n")[2])
+    return Timing.from_json(last_line(HERE / "rerank_contenders.py", name, str(checkpoint), str(load_file)))
 
 
 @contextmanager

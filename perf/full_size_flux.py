@@ -32,7 +32,8 @@ from genserve_backend.settings import FluxSettings
 from genserve_backend.worker.messages import Done, Event, Failed, Submit
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
-from make_flux import clip_encoder, clip_tokenizer, flux_scheduler, flux_transformer, flux_vae, t5_encoder, t5_tokenizer
+from flux_parts import clip_tokenizer, flux_scheduler, t5_tokenizer
+from make_flux import MAX_SEQUENCE_LENGTH, WORDS, clip_encoder, flux_transformer, flux_vae, t5_encoder
 
 SEQUENCE_LENGTH = {"dev": 512, "demo": 64}
 NEVER_S = 3600.0
@@ -72,26 +73,29 @@ def dev_parts() -> dict[str, Any]:
     }
 
 
-def demo_parts() -> dict[str, Any]:
+def demo_parts(tokenizers: dict[str, Any]) -> dict[str, Any]:
     """The demo's, for trying the script."""
     return {
         "transformer": flux_transformer(guidance_embeds=True),
         "vae": flux_vae(),
-        "text_encoder": clip_encoder(clip_tokenizer()),
-        "text_encoder_2": t5_encoder(t5_tokenizer()),
+        "text_encoder": clip_encoder(tokenizers["tokenizer"]),
+        "text_encoder_2": t5_encoder(tokenizers["tokenizer_2"]),
     }
 
 
 def make_pipeline(shape: str, device: str, dtype: torch.dtype) -> FluxPipeline:
     """Random weights, drawn on the device."""
+    tokenizers = {
+        "tokenizer": clip_tokenizer(WORDS),
+        "tokenizer_2": t5_tokenizer(WORDS, max_length=MAX_SEQUENCE_LENGTH),
+    }
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            parts = dev_parts() if shape == "dev" else demo_parts()
+            parts = dev_parts() if shape == "dev" else demo_parts(tokenizers)
     finally:
         torch.set_default_dtype(before)
-    tokenizers = {"tokenizer": clip_tokenizer(), "tokenizer_2": t5_tokenizer()}
     pipeline = FluxPipeline(scheduler=flux_scheduler(schnell=False), **tokenizers, **parts)
     for part in parts.values():
         part.to(device, dtype).eval().requires_grad_(False)

@@ -17,8 +17,8 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from PIL import Image
 from torch import Tensor, nn
 
+from flux_parts import flux_scheduler
 from genserve_backend.flux.attention import RaggedAttention, rotation_of
-from make_flux import flux_scheduler
 from shapes.captions import describe
 from training.autoencoder import NATIVE_SIZE
 from training.latents import Bucket, Size

@@ -79,3 +79,5 @@ def train_lora(
     FluxPipeline.save_lora_weights(
         output, transformer_lora_layers={name: weight.half().contiguous() for name, weight in weights.items()}
     )
+    for path in output.iterdir():
+        path.chmod(0o644)  # they are written for their owner alone

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
-from make_flux import CLIP_LENGTH, clip_tokenizer, t5_tokenizer
+from flux_parts import CLIP_LENGTH, clip_tokenizer, t5_tokenizer
 from shapes.captions import describe, vocabulary
 from shapes.scenes import COLOURS, PLACES, SHAPES, SIZES, Scene, Style, draw_scene
 from training.stage import Sitting, Stage

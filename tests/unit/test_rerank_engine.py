@@ -14,10 +14,10 @@ from turned_engine import TurnedEngine, count
 
 from genserve_backend.errors import Cancelled, DeadlineExceeded, OutOfMemory, ServerError
 from genserve_backend.rerank.engine import RerankEngine
-from genserve_backend.rerank.known import BYTES_PER_SCORE, KnownScores, Score
 from genserve_backend.rerank.pool import Piece, Ranking, choose
 from genserve_backend.rerank.report import Reporter
 from genserve_backend.rerank.request import RerankRequest
+from genserve_backend.rerank.score_cache import BYTES_PER_SCORE, Score, ScoreCache
 from genserve_backend.rerank.scorers.base import Scorer, Slice
 from genserve_backend.rerank.scorers.layouts import Layout, TokenSequence
 from genserve_backend.rerank.scorers.text import windows
@@ -79,7 +79,7 @@ def engine(scorer: StubScorer, *, max_num_batched_tokens: int = 10_000, **settin
     return TurnedEngine(
         lambda emit: RerankEngine(
             scorer=scorer,
-            known=KnownScores(max_bytes=limits.score_cache_bytes, revision="test"),
+            known=ScoreCache(max_bytes=limits.score_cache_bytes, revision="test"),
             reporter=Reporter(device=torch.device("cpu"), emit=emit),
             settings=limits,
             emit=emit,
@@ -224,6 +224,13 @@ def test_a_tokenizer_that_fails_costs_one_request() -> None:
     assert done.scores == scores(1, 2)
 
 
+def test_text_that_cannot_be_hashed_costs_one_request() -> None:
+    run = engine(StubScorer(), score_cache_bytes=2**20)
+    failed, done = run.run(RerankRequest("query", ("\ud800",), None), request(1, 2))
+    assert isinstance(failed, ServerError)
+    assert done.scores == scores(1, 2)
+
+
 def test_cancelling_stops_between_forwards() -> None:
     scorer = StubScorer()
     run = engine(scorer, max_num_batched_tokens=10)
@@ -293,7 +300,7 @@ def test_known_scores_need_no_forward() -> None:
 
 
 def test_a_score_is_known_for_its_query_and_instruction_alone() -> None:
-    known = KnownScores(max_bytes=2**20, revision="one")
+    known = ScoreCache(max_bytes=2**20, revision="one")
     keys = known.keys(RerankRequest("ab", ("c", "d"), "i"))
     values = [Score(0.1, truncated=False), Score(0.2, truncated=True)]
     known.put(zip(keys, values, strict=True))
@@ -306,11 +313,11 @@ def test_a_score_is_known_for_its_query_and_instruction_alone() -> None:
     ]
     for other in others:
         assert known.get(known.keys(other)) == {}
-    assert KnownScores(max_bytes=2**20, revision="two").keys(RerankRequest("ab", ("c", "d"), "i")) != keys
+    assert ScoreCache(max_bytes=2**20, revision="two").keys(RerankRequest("ab", ("c", "d"), "i")) != keys
 
 
 def test_known_scores_stay_within_their_memory() -> None:
-    known = KnownScores(max_bytes=10 * BYTES_PER_SCORE, revision="one")
+    known = ScoreCache(max_bytes=10 * BYTES_PER_SCORE, revision="one")
     keys = known.keys(request(*range(30)))
     known.put((key, Score(0.5, truncated=False)) for key in keys)
     assert len(known) == 10

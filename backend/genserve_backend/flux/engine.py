@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from queue import Empty, SimpleQueue
 from weakref import WeakValueDictionary
 
 import torch
@@ -25,7 +24,7 @@ from genserve_backend.flux.report import Reporter
 from genserve_backend.flux.schedule import Scheduler
 from genserve_backend.logs import log
 from genserve_backend.settings import FluxSettings
-from genserve_backend.worker.engine import BEAT_S, Emit, Job
+from genserve_backend.worker.engine import Emit, Inbox, Job
 from genserve_backend.worker.isolate import isolate
 from genserve_backend.worker.messages import Cancel, Failed, Grant, Submit
 
@@ -69,7 +68,7 @@ class FluxEngine:
         self._intake = intake
         self._settings = settings
         self._emit = emit
-        self._inbox: SimpleQueue[Submit | Cancel] = SimpleQueue()
+        self._inbox: Inbox[Submit | Cancel] = Inbox()
         self._jobs: WeakValueDictionary[int, Job] = WeakValueDictionary()  # those being decoded among them
         self._images: dict[int, Image] = {}
         self._running: list[Image] = []
@@ -101,7 +100,8 @@ class FluxEngine:
     def turn(self) -> None:
         """Hear what came, take one step, and say what is to say. Waits for a request where there is nothing to do."""
         self._ask()
-        self._hear(wait=not self._images)
+        for message in self._inbox.take(wait=not self._images):
+            self._take(message)
         self._arrange()
         self._prepare([image for image in self._running if not image.has_started])
         if self._running:
@@ -120,16 +120,6 @@ class FluxEngine:
             count = self._intake.ask(self._running, self._waiting, tick=self._tick)
             if count:
                 self._emit(Grant(count))
-
-    def _hear(self, *, wait: bool) -> None:
-        """Take the messages that came; `wait` a little for the first one."""
-        try:
-            message = self._inbox.get(timeout=BEAT_S) if wait else self._inbox.get_nowait()
-            while True:
-                self._take(message)
-                message = self._inbox.get_nowait()
-        except Empty:
-            pass
 
     def _take(self, message: Submit | Cancel) -> None:
         if isinstance(message, Submit):

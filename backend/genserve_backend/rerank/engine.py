@@ -9,21 +9,20 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from queue import Empty, SimpleQueue
 from typing import cast
 
 import torch
 
 from genserve_backend.errors import RequestError, ServerError
 from genserve_backend.logs import log
-from genserve_backend.rerank.known import KnownScores, Score
 from genserve_backend.rerank.pool import Piece, Ranking, choose
 from genserve_backend.rerank.reader import Known, Read, Reader
 from genserve_backend.rerank.report import Reporter
 from genserve_backend.rerank.request import RerankRequest, RerankResult
+from genserve_backend.rerank.score_cache import Score, ScoreCache
 from genserve_backend.rerank.scorers.base import Scorer
 from genserve_backend.settings import RerankSettings
-from genserve_backend.worker.engine import BEAT_S, Emit, Job
+from genserve_backend.worker.engine import Emit, Inbox, Job
 from genserve_backend.worker.isolate import isolate
 from genserve_backend.worker.messages import Cancel, Done, Failed, Grant, Submit
 
@@ -46,7 +45,7 @@ class RerankEngine:
         self,
         *,
         scorer: Scorer,
-        known: KnownScores,
+        known: ScoreCache,
         reporter: Reporter,
         settings: RerankSettings,
         emit: Emit,
@@ -58,7 +57,7 @@ class RerankEngine:
         self._settings = settings
         self._max_num_batched_tokens = max_num_batched_tokens
         self._emit = emit
-        self._inbox: SimpleQueue[Submit | Cancel | Known | Read] = SimpleQueue()
+        self._inbox: Inbox[Submit | Cancel | Known | Read] = Inbox()
         self._reader = Reader(scorer, known, self._inbox.put)
         self._rankings: dict[int, Ranking] = {}
         self._asked = 0
@@ -85,7 +84,8 @@ class RerankEngine:
     def turn(self) -> None:
         """Hear what came, run one forward, answer what is done. Waits for a message where there is nothing to do."""
         self._ask()
-        self._hear(wait=not any(ranking.waiting for ranking in self._rankings.values()))
+        for message in self._inbox.take(wait=not any(ranking.waiting for ranking in self._rankings.values())):
+            self._take(message)
         for ranking in list(self._rankings.values()):
             if error := ranking.job.end():
                 self._fail(ranking, error)
@@ -113,16 +113,6 @@ class RerankEngine:
         if room and free > 0:
             self._asked += free
             self._emit(Grant(free))
-
-    def _hear(self, *, wait: bool) -> None:
-        """Take the messages that came; `wait` a little for the first one."""
-        try:
-            message = self._inbox.get(timeout=BEAT_S) if wait else self._inbox.get_nowait()
-            while True:
-                self._take(message)
-                message = self._inbox.get_nowait()
-        except Empty:
-            pass
 
     def _take(self, message: Submit | Cancel | Known | Read) -> None:
         if isinstance(message, Submit):

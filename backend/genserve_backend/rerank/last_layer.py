@@ -61,7 +61,8 @@ def _forward_for(layer: nn.Module) -> Callable[..., Tensor]:
 
 def _any(layer: Any, hidden: Tensor, *args: Any, packing: Packing, **kwargs: Any) -> Tensor:
     """The whole layer, and what is asked of it."""
-    return layer(hidden, *args, packing=packing, **kwargs)[:, packing.asked]  # type: ignore[no-any-return]
+    whole: Tensor = layer(hidden, *args, packing=packing, **kwargs)
+    return whole[:, packing.asked]
 
 
 def _bert(layer: Any, hidden: Tensor, *_: Any, packing: Packing, **__: Any) -> Tensor:
@@ -75,7 +76,8 @@ def _bert(layer: Any, hidden: Tensor, *_: Any, packing: Packing, **__: Any) -> T
     attended = packed_attention(
         attention, query, key, value, None, packing=packing, scaling=attention.scaling, one_position=True
     )[0]
-    return layer.feed_forward_chunk(layer.attention.output(attended.flatten(2), asked))  # type: ignore[no-any-return]
+    result: Tensor = layer.feed_forward_chunk(layer.attention.output(attended.flatten(2), asked))
+    return result
 
 
 def _llama(
@@ -95,7 +97,8 @@ def _llama(
 
     def heads(project: nn.Module, norm: str, states: Tensor) -> Tensor:
         split = project(states).unflatten(-1, (-1, attention.head_dim))
-        return getattr(attention, norm, nn.Identity())(split).transpose(1, 2)  # type: ignore[no-any-return]
+        normed: Tensor = getattr(attention, norm, nn.Identity())(split)
+        return normed.transpose(1, 2)
 
     query = heads(attention.q_proj, "q_norm", hidden[:, packing.asked])
     key = heads(attention.k_proj, "k_norm", hidden)
@@ -114,7 +117,8 @@ def _llama(
         one_position=True,
     )[0]
     residual = residual + attention.o_proj(attended.flatten(2))
-    return residual + layer.mlp(layer.post_attention_layernorm(residual))  # type: ignore[no-any-return]
+    result: Tensor = residual + layer.mlp(layer.post_attention_layernorm(residual))
+    return result
 
 
 def _modern_bert(
@@ -144,4 +148,5 @@ def _modern_bert(
         one_position=True,
     )[0]
     residual = hidden[:, packing.asked] + attention.Wo(attended.flatten(2))
-    return residual + layer.mlp(layer.mlp_norm(residual))  # type: ignore[no-any-return]
+    result: Tensor = residual + layer.mlp(layer.mlp_norm(residual))
+    return result

@@ -9,8 +9,8 @@ import torch
 from genserve_backend.logs import log
 from genserve_backend.rerank.checkpoint import RerankCheckpoint
 from genserve_backend.rerank.engine import RerankEngine
-from genserve_backend.rerank.known import KnownScores, revision_of
 from genserve_backend.rerank.report import Reporter
+from genserve_backend.rerank.score_cache import ScoreCache, revision_of
 from genserve_backend.rerank.scorers import load_scorer
 from genserve_backend.settings import RerankSettings
 from genserve_backend.worker.engine import Emit, Engine
@@ -41,7 +41,7 @@ def assemble(checkpoint: RerankCheckpoint, settings: RerankSettings, device: str
     )
     return RerankEngine(
         scorer=scorer,
-        known=KnownScores(max_bytes=settings.score_cache_bytes, revision=revision_of(checkpoint.path)),
+        known=ScoreCache(max_bytes=settings.score_cache_bytes, revision=revision_of(checkpoint.path)),
         reporter=Reporter(device=torch.device(device), emit=emit),
         settings=settings,
         emit=emit,

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from genserve_backend.rerank.known import Score
 from genserve_backend.rerank.request import RerankRequest
+from genserve_backend.rerank.score_cache import Score
 from genserve_backend.rerank.scorers.layouts import TokenSequence
 from genserve_backend.worker.engine import Job
 from genserve_backend.worker.messages import LEVELS
@@ -38,7 +38,7 @@ class Ranking:
     """What the model made of each sequence, in the order in which they were read."""
     sequences: list[TokenSequence] = field(default_factory=list)
     keys: list[bytes] = field(default_factory=list)
-    """Of the documents in `KnownScores`, if it keeps any."""
+    """Of the documents in `ScoreCache`, if it keeps any."""
     known: dict[int, Score] = field(default_factory=dict)
     """Scores by document that need no forward."""
     is_read: bool = False

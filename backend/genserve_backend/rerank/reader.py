@@ -12,9 +12,9 @@ from queue import Empty, SimpleQueue
 
 from genserve_backend.devices import step_aside
 from genserve_backend.errors import RequestError
-from genserve_backend.rerank.known import KnownScores, Score
 from genserve_backend.rerank.pool import Ranking
 from genserve_backend.rerank.request import RerankRequest
+from genserve_backend.rerank.score_cache import Score, ScoreCache
 from genserve_backend.rerank.scorers.base import Scorer, Slice
 from genserve_backend.rerank.scorers.layouts import TokenSequence
 from genserve_backend.worker.engine import defect
@@ -57,7 +57,7 @@ class Reader:
         put: Where the results go; called by the reader's thread.
     """
 
-    def __init__(self, scorer: Scorer, known: KnownScores, put: Callable[[Known | Read], None]) -> None:
+    def __init__(self, scorer: Scorer, known: ScoreCache, put: Callable[[Known | Read], None]) -> None:
         # The tokenizer has threads of its own otherwise, which fight the model's for the CPU.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._scorer = scorer
@@ -83,13 +83,20 @@ class Reader:
         """Take the requests that came; wait for one where there is nothing else to do."""
         try:
             while True:
-                ranking = self._inbox.get(block=not self._open)
-                keys = self._known.keys(ranking.request)
-                scores = self._known.get(keys)
-                self._put(Known(ranking, keys, scores))
-                self._open.append(_Open(ranking, self._slices(ranking.request, scores)))
+                self._begin(self._inbox.get(block=not self._open))
         except Empty:
             pass
+
+    def _begin(self, ranking: Ranking) -> None:
+        """Say what is known of a request, and take up the rest."""
+        try:
+            keys = self._known.keys(ranking.request)
+            scores = self._known.get(keys)
+        except Exception as error:
+            self._put(_failed(ranking, error))
+            return
+        self._put(Known(ranking, keys, scores))
+        self._open.append(_Open(ranking, self._slices(ranking.request, scores)))
 
     def _slices(self, request: RerankRequest, scores: Container[int]) -> Iterator[Slice]:
         """The sequences of the documents that have no score."""
@@ -105,12 +112,17 @@ class Reader:
             # A request that has ended is of no interest to anyone.
             slice_ = None if turn.ranking.job.end() else next(turn.slices, None)
         except Exception as error:
-            logger.exception("request not tokenised", extra={"fields": {"task_id": turn.ranking.job.submit.task_id}})
             self._open.remove(turn)
-            return Read(turn.ranking, error=defect(error))
+            return _failed(turn.ranking, error)
         if slice_ is None:
             self._open.remove(turn)
         return Read(turn.ranking, slice_)
+
+
+def _failed(ranking: Ranking, error: Exception) -> Read:
+    """A request that cannot be read costs no other: this thread is every request's."""
+    logger.error("request not read", exc_info=error, extra={"fields": {"task_id": ranking.job.submit.task_id}})
+    return Read(ranking, error=defect(error))
 
 
 def _renumbered(sequence: TokenSequence, numbers: Sequence[int]) -> TokenSequence:

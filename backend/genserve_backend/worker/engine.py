@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from queue import Empty, SimpleQueue
+from typing import Generic, Protocol, TypeVar
 
 from genserve_backend.errors import Cancelled, DeadlineExceeded, RequestError, ServerError
 from genserve_backend.worker.messages import Beat, Event, Progress, Submit
@@ -15,6 +16,7 @@ BEAT_S = 1.0
 """Seconds between two signs of life."""
 
 Emit = Callable[[Event], None]
+Message = TypeVar("Message")
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,26 @@ class Engine(Protocol):
 
     def run(self) -> None:
         """Work until the process ends."""
+
+
+class Inbox(Generic[Message]):
+    """What other threads have to say to the one that owns the device."""
+
+    def __init__(self) -> None:
+        self._messages: SimpleQueue[Message] = SimpleQueue()
+
+    def put(self, message: Message) -> None:
+        """Say something; from any thread."""
+        self._messages.put(message)
+
+    def take(self, *, wait: bool) -> Iterator[Message]:
+        """The messages that came; `wait` a little for the first one."""
+        try:
+            yield self._messages.get(timeout=BEAT_S) if wait else self._messages.get_nowait()
+            while True:
+                yield self._messages.get_nowait()
+        except Empty:
+            return
 
 
 class Pulse:

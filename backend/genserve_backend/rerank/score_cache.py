@@ -25,7 +25,7 @@ class Score(NamedTuple):
     """Whether it was cut to the length limit."""
 
 
-class KnownScores:
+class ScoreCache:
     """The last scores, by a hash of everything that they depend on. Any thread may ask.
 
     Args:
