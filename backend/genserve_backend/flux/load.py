@@ -22,6 +22,7 @@ from genserve_backend.flux.report import Reporter
 from genserve_backend.flux.request import PIXELS_PER_TOKEN
 from genserve_backend.flux.schedule import Scheduler
 from genserve_backend.logs import log
+from genserve_backend.matrices import use_packed_matrices
 from genserve_backend.settings import FluxSettings
 from genserve_backend.worker.engine import Emit
 
@@ -70,4 +71,7 @@ def load_pipeline(checkpoint: FluxCheckpoint, settings: FluxSettings, device: st
     dtype = resolve_dtype(settings.dtype, device)
     pipeline = FluxPipeline.from_pretrained(checkpoint.path, dtype=dtype, local_files_only=True, use_safetensors=True)
     pipeline.vae.to(memory_format=torch.channels_last)  # convolutions like it: the demo's decoder takes 2/3 of the time
-    return pipeline.to(device)
+    pipeline.to(device)
+    for part in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.vae):
+        use_packed_matrices(part)
+    return pipeline

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, TypedDict
 import torch
 from typing_extensions import Unpack
 
+from genserve_backend.matrices import use_packed_matrices
 from genserve_backend.rerank.attention import KeysValues, Packing
 from genserve_backend.rerank.checkpoint import RerankCheckpoint, first_position
 from genserve_backend.rerank.packing import can_pack, prepare_packing
@@ -86,6 +87,7 @@ class Scorer(ABC):
         """Whether forwards are packed, without padding."""
         if self.packs:
             prepare_packing(self.model, one_position=self._one_position)
+        use_packed_matrices(self.model.base_model)
         self._prefixes = PrefixCache(max_bytes=placement["prefix_cache_bytes"], compute=self._read_prefixes)
         """Used by causal models alone."""
 
