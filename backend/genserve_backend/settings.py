@@ -9,12 +9,22 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+RerankDType = Literal[DType, "int8"]
 
 
 class Env(str):
@@ -35,8 +45,6 @@ class ModelSettings(BaseModel):
     model_path: Path
     """The checkpoint folder; each model names the environment variable that overrides it."""
 
-    dtype: DType = "auto"
-    """The arithmetic of the weights; auto is bfloat16 on a GPU and float32 on a CPU."""
     threads: int = Field(default=0, ge=0, le=1024)
     """CPU threads of one worker; 0 leaves the choice to torch."""
     start_timeout_s: float = Field(default=900.0, gt=0)
@@ -46,12 +54,23 @@ class ModelSettings(BaseModel):
     task_timeout_s: Annotated[float, Env("TASK_TIMEOUT")] = Field(default=240.0, gt=0, le=86_400)
     """Seconds after which a request that runs is given up."""
 
+    @property
+    def memory_share(self) -> float | None:
+        """The part of a GPU's memory that torch may take, where it is limited."""
+        return None
+
+    def gpus_of_its_own(self, device: str) -> tuple[int, ...]:
+        """The GPUs that a worker on `device` has to be alone with, by Triton's numbers; none where it need not be."""
+        return ()
+
 
 class FluxSettings(ModelSettings):
     """Settings of the `flux` model."""
 
     model_path: Annotated[Path, Env("FLUX_MODEL_PATH")]
     """A FLUX checkpoint folder in diffusers format."""
+    dtype: Annotated[DType, Env("FLUX_DTYPE")] = "auto"
+    """The arithmetic of the weights; auto is bfloat16 on a GPU and float32 on a CPU."""
     max_pixels: Annotated[int, Env("MAX_PIXELS")] = Field(default=2048 * 2048, ge=64 * 64, le=2**28)
     """The pixel budget: HEIGHT times WIDTH may not exceed it."""
     max_running: Annotated[int, Env("FLUX_MAX_RUNNING")] = Field(default=16, ge=1, le=1024)
@@ -80,16 +99,53 @@ class FluxSettings(ModelSettings):
         return value
 
 
+@dataclass(frozen=True)
+class SizeLimits:
+    """What suits a model of a size."""
+
+    max_num_seqs: int
+    gpu_tokens: int
+    """Tokens in one forward on a GPU: enough to be used well, and not so many that others wait."""
+    cpu_tokens: int
+    """The same on a CPU."""
+    prefix_cache_bytes: int
+
+
+SIZE_LIMITS = {
+    "0.6B": SizeLimits(256, gpu_tokens=16_384, cpu_tokens=1_024, prefix_cache_bytes=256 * 2**20),
+    "4B": SizeLimits(128, gpu_tokens=8_192, cpu_tokens=256, prefix_cache_bytes=512 * 2**20),
+    "8B": SizeLimits(64, gpu_tokens=4_096, cpu_tokens=128, prefix_cache_bytes=512 * 2**20),
+}
+"""The defaults of each size that Qwen3-Reranker comes in: docs/operating.md has the reasons."""
+DEFAULT_LIMITS = SIZE_LIMITS["0.6B"]
+
+
 class RerankSettings(ModelSettings):
     """Settings of the `rerank` model."""
 
     model_path: Annotated[Path, Env("RERANK_MODEL_PATH")]
-    """A reranker's folder in transformers or sentence-transformers format."""
-    max_num_seqs: Annotated[int, Env("MAX_NUM_SEQS")] = Field(default=256, ge=1, le=65_536)
-    """Pairs of query and document in one forward, at most."""
+    """A reranker's folder in transformers or sentence-transformers format; or, with `model_size`, one that has those of
+    Qwen3-Reranker in it."""
+    dtype: Annotated[RerankDType, Env("RERANK_DTYPE")] = "auto"
+    """The arithmetic of the weights; auto is bfloat16 on a GPU and float32 on a CPU. int8 is for CPUs: the products of
+    matrices are then in int8, the rest in float32."""
+    model_size: Annotated[Literal["0.6B", "4B", "8B"] | None, Env("MODEL_SIZE")] = None
+    """Picks the folder among several, and the defaults of the limits below."""
+    engine: Annotated[Literal["torch", "vllm"], Env("ENGINE")] = "torch"
+    """What runs the model; vllm serves causal rerankers, where the package vllm is installed."""
+    max_num_seqs: Annotated[int, Env("MAX_NUM_SEQS")] = Field(default=DEFAULT_LIMITS.max_num_seqs, ge=1, le=65_536)
+    """Pairs of query and document in one forward, at most; the default is less for larger models."""
     max_num_batched_tokens: Annotated[int, Env("MAX_NUM_BATCHED_TOKENS")] = Field(default=0, ge=0)
     """Tokens in one forward, padding included, at most (one pair alone may exceed it); 0 is 16,384 on a GPU and 1,024
-    on a CPU, which is busy with that many for long enough to be used well, and not so long that others wait."""
+    on a CPU, which is busy with that many for long enough to be used well, and not so long that others wait; less for
+    larger models."""
+    gpu_memory_utilization: Annotated[float, Env("GPU_MEMORY_UTILIZATION")] = Field(default=0.9, gt=0, le=1)
+    """The part of a GPU's memory that an instance may take: vLLM does take it, torch is limited to it if it is set."""
+    tensor_parallel_size: Annotated[int, Env("TENSOR_PARALLEL_SIZE")] = Field(default=1, ge=1, le=64)
+    """GPUs that share one instance's model, with vLLM."""
+    gpu_groups: tuple[tuple[int, ...], ...] = ()
+    """Which GPUs those are, as in ``0,1;2,3``: `genserve serve` writes it. A group goes by its first; without groups,
+    it is the GPUs that follow the instance's own."""
     max_length: int = Field(default=0, ge=0)
     """Tokens of one pair, at most; 0 takes the checkpoint's own limit."""
     max_waiting_requests: int = Field(default=64, ge=1, le=10_000)
@@ -97,15 +153,66 @@ class RerankSettings(ModelSettings):
     max_held_batches: int = Field(default=8, ge=1, le=10_000)
     """Forwards' worth of tokens that an instance holds before it leaves the others in Triton's queue."""
 
-    prefix_cache_bytes: int = Field(default=256 * 2**20, ge=0)
-    """Device memory for the keys and values of what prompts of a causal reranker have in common; 0 turns that off."""
+    prefix_cache_bytes: int = Field(default=DEFAULT_LIMITS.prefix_cache_bytes, ge=0)
+    """Device memory for the keys and values of what prompts of a causal reranker have in common; 0 turns that off. The
+    default is more for larger models; vLLM on a GPU takes what `gpu_memory_utilization` leaves it."""
 
     score_cache_bytes: Annotated[int, Env("SCORE_CACHE_BYTES")] = Field(default=64 * 2**20, ge=0)
     """Memory for the scores of the last pairs of query and document; 0 turns that off."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _sized(cls, values: Any) -> Any:
+        """Do what `model_size` stands for, where nothing else has been said."""
+        limits = SIZE_LIMITS.get(str(values.get("model_size")))
+        if not limits:
+            return values
+        path = Path(str(values.get("model_path", "")))
+        if "model_path" in values and not any((path / name).is_file() for name in _CHECKPOINT_FILES):
+            values = {**values, "model_path": path / f"Qwen3-Reranker-{values['model_size']}"}
+        return {"max_num_seqs": limits.max_num_seqs, "prefix_cache_bytes": limits.prefix_cache_bytes, **values}
+
+    @field_validator("engine")
+    @classmethod
+    def _torch_alone(cls, value: str, info: ValidationInfo) -> str:
+        if value == "vllm" and info.data.get("dtype") == "int8":
+            raise ValueError("int8 is for torch alone; choose another RERANK_DTYPE")
+        return value
+
+    @field_validator("gpu_groups", mode="before")
+    @classmethod
+    def _groups(cls, value: object) -> object:
+        return [group.split(",") for group in value.split(";")] if isinstance(value, str) else value
+
+    @field_validator("tensor_parallel_size")
+    @classmethod
+    def _vllm_alone(cls, value: int, info: ValidationInfo) -> int:
+        if value > 1 and info.data.get("engine") == "torch":
+            raise ValueError("one instance uses several GPUs with ENGINE=vllm alone")
+        return value
+
     def token_budget(self, device: str) -> int:
         """Tokens in one forward, at most, on a device as torch names it."""
-        return self.max_num_batched_tokens or (16_384 if device.startswith("cuda") else 1_024)
+        limits = SIZE_LIMITS[self.model_size] if self.model_size else DEFAULT_LIMITS
+        return self.max_num_batched_tokens or (limits.gpu_tokens if device.startswith("cuda") else limits.cpu_tokens)
+
+    @property
+    def memory_share(self) -> float | None:
+        """The part of a GPU's memory that torch may take, where it is limited."""
+        is_set = self.engine == "torch" and "gpu_memory_utilization" in self.model_fields_set
+        return self.gpu_memory_utilization if is_set else None
+
+    def gpus_of_its_own(self, device: str) -> tuple[int, ...]:
+        """A group for vLLM, which takes the first GPUs that it sees."""
+        if self.engine == "torch" or not device.startswith("cuda"):
+            return ()
+        first = int(device.partition(":")[2])
+        following = tuple(range(first, first + self.tensor_parallel_size))
+        return next((group for group in self.gpu_groups if group[0] == first), following)
+
+
+_CHECKPOINT_FILES = ("config.json", "modules.json")
+"""What a checkpoint's own folder has one of."""
 
 
 SettingsT = TypeVar("SettingsT", bound=ModelSettings)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import published
 import pytest
 import tiny_models
 import torch
 from transformers import (
     AutoModel,
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
@@ -63,28 +63,10 @@ def cross_encoder_reference(folder: Path, query: str, document: str) -> float:
         return float(model(**inputs).logits[0, 0].sigmoid())
 
 
-def causal_reference(folder: Path, query: str, document: str, *, instruction: str = "") -> float:
+def causal_reference(folder: Path, query: str, document: str, *, instruction: str = published.INSTRUCTION) -> float:
     """The code of Qwen3-Reranker's model card, with the whole vocabulary and a limit of 512 tokens."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    instruction = instruction or "Given a web search query, retrieve relevant passages that answer the query"
-    prefix = (
-        "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
-        'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
-    )
-    suffix = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
-    before = tokenizer.encode(prefix, add_special_tokens=False)
-    after = tokenizer.encode(suffix, add_special_tokens=False)
-    body = tokenizer(
-        f"<Instruct>: {instruction}\n<Query>: {query}\n<Document>: {document}",
-        padding=False,
-        truncation="longest_first",
-        max_length=512 - len(before) - len(after),
-    )["input_ids"]
-    no, yes = tokenizer.convert_tokens_to_ids("no"), tokenizer.convert_tokens_to_ids("yes")
-    with torch.no_grad():
-        logits = model(input_ids=torch.tensor([before + body + after])).logits[0, -1]
-    return float(torch.log_softmax(torch.stack([logits[no], logits[yes]]), dim=0).exp()[1])
+    (score,) = published.Qwen3Reranker(folder, max_length=512).scores(query, [document], instruction=instruction)
+    return score
 
 
 MODELS: dict[str, tuple[Callable[[Path], Path], Reference]] = {

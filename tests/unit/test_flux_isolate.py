@@ -119,9 +119,10 @@ def test_what_did_not_fit_is_freed_before_its_halves_are_tried() -> None:
     assert do(work) == ("abcdefgh", {})
 
 
+@pytest.mark.parametrize("lost", [torch.AcceleratorError, DeviceLost])
 @pytest.mark.parametrize("bad", ["a", "h"])
-def test_a_lost_device_ends_the_work_at_once(bad: str) -> None:
-    work = Work({bad: torch.AcceleratorError("CUDA error: an illegal memory access was encountered")})
+def test_a_lost_device_ends_the_work_at_once(bad: str, lost: type[Exception]) -> None:
+    work = Work({bad: lost("CUDA error: an illegal memory access was encountered")})
     with pytest.raises(DeviceLost, match="illegal memory access"):
         isolate(work, ITEMS, name=str)
     assert work.batches == ["abcdefgh"]

@@ -12,6 +12,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from genserve.protocol import DTYPES
+from genserve.serve import repository as repository_module
 from genserve.serve.options import ServeError, ServeOptions
 from genserve.serve.repository import parse_gpus, render
 
@@ -128,6 +129,69 @@ def test_placement(
     rendered: Rendered,
 ) -> None:
     assert placement(rendered(model, environ, **options)) == expected
+
+
+PARALLEL = {"ENGINE": "vllm", "TENSOR_PARALLEL_SIZE": "2"}
+
+
+@pytest.mark.parametrize(
+    ("model", "environ", "gpus", "first", "groups"),
+    [
+        ("rerank", PARALLEL, (0, 1, 2, 3), [0, 2], "0,1;2,3"),
+        ("rerank", {**PARALLEL, "RERANK_GPUS": "5,3"}, None, [5], "5,3"),
+        ("rerank", PARALLEL, None, [0, 2], "0,1;2,3"),
+        ("rerank", {"ENGINE": "vllm"}, (0, 1), [0, 1], ""),
+        ("flux", PARALLEL, (0, 1), [0, 1], ""),
+    ],
+    ids=["chosen", "environment", "all", "alone", "flux"],
+)
+def test_an_instance_for_each_group_of_gpus(
+    model: str,
+    environ: dict[str, str],
+    gpus: tuple[int, ...] | None,
+    first: list[int],
+    groups: str,
+    rendered: Rendered,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(repository_module, "_all_gpus", lambda: (0, 1, 2, 3))
+    config = rendered(model, environ, gpus=gpus)
+    assert placement(config) == ("KIND_GPU", 1, first)
+    assert config.parameters["gpu_groups"].string_value == groups
+
+
+@pytest.mark.parametrize(
+    ("gpus", "message"),
+    [
+        ((0, 1, 2), "rerank: TENSOR_PARALLEL_SIZE is 2, which does not divide the 3 GPUs 0,1,2"),
+        (None, "rerank: TENSOR_PARALLEL_SIZE is 2, which does not divide the GPUs: there are none"),
+    ],
+    ids=["three", "none"],
+)
+def test_gpus_that_make_no_groups_are_named(
+    gpus: tuple[int, ...] | None, message: str, rendered: Rendered, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(repository_module, "_all_gpus", lambda: ())
+    with pytest.raises(ServeError) as caught:
+        rendered("rerank", PARALLEL, gpus=gpus)
+    assert str(caught.value) == message
+
+
+def test_all_gpus_are_those_that_torch_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert repository_module._all_gpus() == ()
+
+
+def test_a_size_picks_the_checkpoint(rendered: Rendered, tmp_path: Path) -> None:
+    chosen = make_rerank(tmp_path / "rerankers" / "Qwen3-Reranker-8B")
+    environ = {"RERANK_MODEL_PATH": str(chosen.parent), "MODEL_SIZE": "8B"}
+    assert rendered("rerank", environ).parameters["model_path"].string_value == str(chosen)
+
+
+def test_a_size_that_is_not_there_is_named_with_its_path(rendered: Rendered, tmp_path: Path) -> None:
+    (tmp_path / "rerankers").mkdir()
+    with pytest.raises(ServeError, match=r"^rerank: no checkpoint .*/rerankers/Qwen3-Reranker-4B \(set RERANK"):
+        rendered("rerank", {"RERANK_MODEL_PATH": str(tmp_path / "rerankers"), "MODEL_SIZE": "4B"})
 
 
 @pytest.mark.parametrize(

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
 
-from genserve_backend.settings import FluxSettings, RerankSettings, SettingsError, load
+from genserve_backend.settings import SIZE_LIMITS, FluxSettings, RerankSettings, SettingsError, load
 
 REPOSITORY = Path("/models")
 
 
 def flux(parameters: dict[str, str] | None = None, **environ: str) -> FluxSettings:
     return load(FluxSettings, {"model_path": "flux", **(parameters or {})}, repository=REPOSITORY, environ=environ)
+
+
+def rerank(parameters: dict[str, str] | None = None, **environ: str) -> RerankSettings:
+    return load(RerankSettings, {"model_path": "rerank", **(parameters or {})}, repository=REPOSITORY, environ=environ)
 
 
 @pytest.mark.parametrize(
@@ -102,3 +107,104 @@ def test_settings_cannot_be_changed() -> None:
     settings = flux()
     with pytest.raises(ValueError, match="frozen"):
         settings.threads = 2
+
+
+# The engine of the reranker.
+
+
+def test_vllm_gets_its_settings_from_the_environment() -> None:
+    settings = rerank(ENGINE="vllm", GPU_MEMORY_UTILIZATION="0.5", TENSOR_PARALLEL_SIZE="2")
+    assert (settings.engine, settings.gpu_memory_utilization, settings.tensor_parallel_size) == ("vllm", 0.5, 2)
+    plain = rerank()
+    assert (plain.engine, plain.gpu_memory_utilization, plain.tensor_parallel_size) == ("torch", 0.9, 1)
+
+
+@pytest.mark.parametrize(
+    ("environ", "parts"),
+    [
+        ({"ENGINE": "onnx"}, ["ENGINE: ", "'torch' or 'vllm'", "'onnx'"]),
+        ({"ENGINE": "vllm", "RERANK_DTYPE": "int8"}, ["ENGINE: ", "RERANK_DTYPE", "'vllm'"]),
+        ({"GPU_MEMORY_UTILIZATION": "0"}, ["GPU_MEMORY_UTILIZATION: ", "greater than 0", "'0'"]),
+        ({"GPU_MEMORY_UTILIZATION": "1.1"}, ["GPU_MEMORY_UTILIZATION: ", "less than or equal to 1", "'1.1'"]),
+        ({"GPU_MEMORY_UTILIZATION": "nan"}, ["GPU_MEMORY_UTILIZATION: ", "'nan'"]),
+        ({"ENGINE": "vllm", "TENSOR_PARALLEL_SIZE": "0"}, ["TENSOR_PARALLEL_SIZE: ", "'0'"]),
+        ({"TENSOR_PARALLEL_SIZE": "2"}, ["TENSOR_PARALLEL_SIZE: ", "ENGINE=vllm", "'2'"]),
+        ({"MODEL_SIZE": "2B"}, ["MODEL_SIZE: ", "'0.6B', '4B' or '8B'", "'2B'"]),
+    ],
+    ids=str,
+)
+def test_a_bad_engine_setting_is_named(environ: dict[str, str], parts: list[str]) -> None:
+    with pytest.raises(SettingsError) as caught:
+        rerank(**environ)
+    assert all(part in str(caught.value) for part in parts)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, None),
+        ({"GPU_MEMORY_UTILIZATION": "0.9"}, 0.9),
+        ({"GPU_MEMORY_UTILIZATION": "0.9", "ENGINE": "vllm"}, None),
+    ],
+    ids=str,
+)
+def test_torch_is_limited_only_where_that_is_asked_for(environ: dict[str, str], expected: float | None) -> None:
+    settings: RerankSettings = pickle.loads(pickle.dumps(rerank(**environ)))
+    assert settings.memory_share == expected
+    assert flux(**environ).memory_share is None
+
+
+@pytest.mark.parametrize(
+    ("device", "environ", "expected"),
+    [
+        ("cuda:1", {}, ()),
+        ("cpu", {"ENGINE": "vllm"}, ()),
+        ("cuda:1", {"ENGINE": "vllm"}, (1,)),
+        ("cuda:1", {"ENGINE": "vllm", "TENSOR_PARALLEL_SIZE": "2"}, (1, 2)),
+        ("cuda:1", {"ENGINE": "vllm", "TENSOR_PARALLEL_SIZE": "2", "gpu_groups": "0,2;1,5"}, (1, 5)),
+        ("cuda:3", {"ENGINE": "vllm", "TENSOR_PARALLEL_SIZE": "2", "gpu_groups": "0,2;1,5"}, (3, 4)),
+    ],
+    ids=str,
+)
+def test_the_gpus_of_an_instance(device: str, environ: dict[str, str], expected: tuple[int, ...]) -> None:
+    parameters = {"gpu_groups": environ["gpu_groups"]} if "gpu_groups" in environ else {}
+    assert rerank(parameters, **environ).gpus_of_its_own(device) == expected
+    assert flux().gpus_of_its_own(device) == ()
+
+
+# The size of the reranker.
+
+
+def limits(settings: RerankSettings) -> tuple[int, int, int, int]:
+    budgets = settings.token_budget("cuda:0"), settings.token_budget("cpu")
+    return settings.max_num_seqs, *budgets, settings.prefix_cache_bytes
+
+
+def test_a_size_sets_the_limits_that_nobody_has_set() -> None:
+    sizes = [limits(rerank(MODEL_SIZE=size)) for size in SIZE_LIMITS]
+    assert limits(rerank()) == sizes[0] == (256, 16_384, 1_024, 256 * 2**20)
+    assert sizes[1:] == [(128, 8_192, 256, 512 * 2**20), (64, 4_096, 128, 512 * 2**20)]
+    chosen = rerank({"prefix_cache_bytes": "5"}, MODEL_SIZE="8B", MAX_NUM_SEQS="9", MAX_NUM_BATCHED_TOKENS="700")
+    assert limits(chosen) == (9, 700, 700, 5)
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [(None, "Qwen3-Reranker-4B"), ("config.json", ""), ("modules.json", "")],
+    ids=["several", "one", "sentence-transformers"],
+)
+@pytest.mark.parametrize("is_parameter", [True, False], ids=["parameter", "environment"])
+def test_a_size_picks_the_folder_among_several(
+    file: str | None, expected: str, is_parameter: bool, tmp_path: Path
+) -> None:
+    if file:
+        (tmp_path / file).touch()
+    environ = {"MODEL_SIZE": "4B"} | ({} if is_parameter else {"RERANK_MODEL_PATH": str(tmp_path)})
+    found = load(RerankSettings, {"model_path": str(tmp_path)}, repository=REPOSITORY, environ=environ)
+    assert found.model_path == tmp_path / expected
+    assert limits(found) == limits(rerank(MODEL_SIZE="4B"))
+
+
+def test_without_a_size_the_path_is_the_folder(tmp_path: Path) -> None:
+    assert rerank(RERANK_MODEL_PATH=str(tmp_path)).model_path == tmp_path

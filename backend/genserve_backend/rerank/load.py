@@ -36,6 +36,7 @@ def assemble(checkpoint: RerankCheckpoint, settings: RerankSettings, device: str
         "reranker loaded",
         model=checkpoint.name,
         kind=checkpoint.kind,
+        engine=settings.engine,
         device=device,
         packed=scorer.packs,
     )

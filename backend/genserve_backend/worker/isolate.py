@@ -63,6 +63,8 @@ def _try(work: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Ite
         return work(items)
     except torch.OutOfMemoryError as error:
         return error.with_traceback(None)
+    except DeviceLost:
+        raise
     except torch.AcceleratorError as error:
         raise DeviceLost(str(error)) from None
     except Exception as error:

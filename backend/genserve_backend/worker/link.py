@@ -114,4 +114,12 @@ def worker_environment() -> dict[str, str]:
     path = os.environ.get(WORKER_PATH_ENV) or os.pathsep.join(entry for entry in sys.path if entry)
     threads = {} if "OMP_WAIT_POLICY" in os.environ else {"GOMP_SPINCOUNT": SPIN_COUNT}
     quiet = {"TRANSFORMERS_VERBOSITY": "error"}  # or each start warns of image processors that are not used
-    return {**quiet, **threads, **KEEP_MEMORY, **os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "HF_HUB_OFFLINE": "1"}
+    return {
+        **quiet,
+        **threads,
+        **KEEP_MEMORY,
+        **os.environ,
+        "PYTHONPATH": path,
+        "PYTHONSAFEPATH": "1",
+        "HF_HUB_OFFLINE": "1",
+    }

@@ -17,11 +17,12 @@ from multiprocessing.connection import Connection
 
 from genserve_backend import logs
 from genserve_backend.checkpoints import CheckpointError
-from genserve_backend.settings import ModelSettings
+from genserve_backend.settings import ModelSettings, SettingsError
 from genserve_backend.worker.engine import Emit, Engine
 from genserve_backend.worker.messages import Cancel, Event, NotReady, Ready, Start, Submit
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
+VISIBLE_GPUS_ENV = "CUDA_VISIBLE_DEVICES"
 
 logger = logging.getLogger(__name__)
 
@@ -36,17 +37,35 @@ def die_with_parent(parent_pid: int) -> None:
         os._exit(0)
 
 
+def keep_gpus(start: Start) -> str:
+    """Hide all GPUs but those that an engine takes without asking, and give the device's name among what is left.
+
+    Before CUDA starts, which reads the variable once.
+    """
+    gpus = start.settings.gpus_of_its_own(start.device)
+    if not gpus:
+        return start.device
+    seen = [name for name in os.environ.get(VISIBLE_GPUS_ENV, "").split(",") if name]
+    if seen and max(gpus) >= len(seen):
+        raise SettingsError(f"no GPU {max(gpus)} in {VISIBLE_GPUS_ENV}={os.environ[VISIBLE_GPUS_ENV]}")
+    os.environ[VISIBLE_GPUS_ENV] = ",".join(seen[gpu] if seen else str(gpu) for gpu in gpus)
+    return "cuda:0"
+
+
 def load_engine(start: Start, emit: Emit) -> Engine:
     """Import torch, set the process up for its device, and load the model."""
+    device = keep_gpus(start)
     import torch  # here and not above: a worker whose start message is wrong should say so at once
 
     if start.settings.threads:
         torch.set_num_threads(start.settings.threads)
-    if start.device.startswith("cuda"):
-        torch.cuda.set_device(start.device)
+    if device.startswith("cuda") and not start.settings.gpus_of_its_own(start.device):
+        torch.cuda.set_device(device)
+        if start.settings.memory_share:
+            torch.cuda.set_per_process_memory_fraction(start.settings.memory_share, device)
     module, _, factory = start.engine.partition(":")
     build: Callable[[ModelSettings, str, Emit], Engine] = getattr(importlib.import_module(module), factory)
-    return build(start.settings, start.device, emit)
+    return build(start.settings, device, emit)
 
 
 def main(fd: int, parent_pid: int) -> None:

@@ -7,6 +7,8 @@ Triton's configuration cannot read the environment, so each model is rendered in
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,7 @@ def render(options: ServeOptions, target: Path, environ: Mapping[str, str] = os.
         config = _read(source / "config.pbtxt")
         if name in CHECKPOINTS:
             settings = _check(name, config, options.repository, environ)
-            _place(name, config, options, environ)
+            _place(name, config, options, environ, settings)
             _limit(config, settings, environ)
         folder = target / name
         folder.mkdir(parents=True)
@@ -89,9 +91,13 @@ def _check(name: str, config: Any, repository: Path, environ: Mapping[str, str])
     return settings
 
 
-def _place(name: str, config: Any, options: ServeOptions, environ: Mapping[str, str]) -> None:
-    """Put the instances on the chosen devices."""
+def _place(name: str, config: Any, options: ServeOptions, environ: Mapping[str, str], settings: ModelSettings) -> None:
+    """Put the instances on the chosen devices: on each, or on the first of each group that shares a model."""
     gpus = options.gpus if options.gpus is not None else _gpus_from(GPU_ENV[name], environ)
+    if isinstance(settings, RerankSettings) and settings.tensor_parallel_size > 1:
+        groups = _groups(_all_gpus() if gpus is None else gpus, settings.tensor_parallel_size)
+        config.parameters["gpu_groups"].string_value = ";".join(",".join(map(str, group)) for group in groups)
+        gpus = tuple(group[0] for group in groups)
     count = options.instances.get(name) or _number(INSTANCE_ENV[name], environ, 1)
     for group in config.instance_group:
         group.count = count
@@ -118,6 +124,21 @@ def parse_gpus(text: str) -> tuple[int, ...] | None:
     if any(gpu < 0 for gpu in ids):
         raise ValueError(text)
     return ids or None
+
+
+def _groups(gpus: tuple[int, ...], size: int) -> list[tuple[int, ...]]:
+    if not gpus or len(gpus) % size:
+        listed = f"the {len(gpus)} GPUs {','.join(map(str, gpus))}" if gpus else "the GPUs: there are none"
+        raise ServeError(f"rerank: TENSOR_PARALLEL_SIZE is {size}, which does not divide {listed}")
+    return [gpus[start : start + size] for start in range(0, len(gpus), size)]
+
+
+def _all_gpus() -> tuple[int, ...]:
+    """What Triton finds, which has no other way of being asked before it starts."""
+    # Not in this process, which has to have one thread when it starts Triton.
+    command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
+    counted = subprocess.run(command, capture_output=True, text=True, check=False)
+    return tuple(range(int(counted.stdout))) if counted.returncode == 0 else ()
 
 
 def _gpus_from(name: str, environ: Mapping[str, str]) -> tuple[int, ...] | None:

@@ -1,18 +1,21 @@
-"""The kinds of reranker, and the table that says which class serves which."""
+"""The kinds of reranker, and the table that says which class serves which where torch runs them."""
 
 from __future__ import annotations
 
 import torch
 
+from genserve_backend.checkpoints import CheckpointError
 from genserve_backend.devices import resolve_dtype
+from genserve_backend.matrices import has_int8
 from genserve_backend.rerank.checkpoint import Kind, RerankCheckpoint
-from genserve_backend.rerank.scorers.base import Scorer
+from genserve_backend.rerank.scorers.base import Scorer, TorchScorer
 from genserve_backend.rerank.scorers.bi_encoder import BiEncoder
 from genserve_backend.rerank.scorers.causal import Causal
 from genserve_backend.rerank.scorers.cross_encoder import CrossEncoder
+from genserve_backend.rerank.scorers.vllm import VllmCausal
 from genserve_backend.settings import RerankSettings
 
-SCORERS: dict[Kind, type[Scorer]] = {
+SCORERS: dict[Kind, type[TorchScorer]] = {
     "bi-encoder": BiEncoder,
     "cross-encoder": CrossEncoder,
     "causal": Causal,
@@ -20,7 +23,7 @@ SCORERS: dict[Kind, type[Scorer]] = {
 
 
 def load_scorer(checkpoint: RerankCheckpoint, settings: RerankSettings, device: str) -> Scorer:
-    """Load a checkpoint as its kind demands.
+    """Load a checkpoint as its kind and the chosen engine demand.
 
     Args:
         checkpoint: What was found in the folder.
@@ -28,15 +31,21 @@ def load_scorer(checkpoint: RerankCheckpoint, settings: RerankSettings, device: 
         device: As torch names it: "cpu", "cuda:0".
 
     Raises:
-        CheckpointError: The folder cannot be loaded, or the limit leaves no room for a text.
+        CheckpointError: The folder cannot be loaded, the limit leaves no room for a text, or the device has no int8.
     """
     target = torch.device(device)
     limit = min(checkpoint.max_length, settings.max_length or checkpoint.max_length)
+    if settings.engine == "vllm":
+        return VllmCausal(checkpoint, settings, target, max_length=limit)
+    int8 = settings.dtype == "int8"
+    if int8 and not (target.type == "cpu" and has_int8()):
+        raise CheckpointError(f"int8 needs a CPU that has VNNI, and this instance is on {device}")
     scorer = SCORERS[checkpoint.kind]
     return scorer(
         checkpoint,
         max_length=limit,
         dtype=resolve_dtype(settings.dtype, device),
+        int8=int8,
         device=target,
         prefix_cache_bytes=settings.prefix_cache_bytes,
     )

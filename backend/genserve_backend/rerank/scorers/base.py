@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypedDict
 import torch
 from typing_extensions import Unpack
 
-from genserve_backend.matrices import use_packed_matrices
+from genserve_backend.matrices import use_int8_matrices, use_packed_matrices
 from genserve_backend.rerank.attention import KeysValues, Packing
 from genserve_backend.rerank.checkpoint import RerankCheckpoint, first_position
 from genserve_backend.rerank.packing import can_pack, prepare_packing
@@ -43,13 +43,49 @@ class Placement(TypedDict):
 
     dtype: torch.dtype
     """The arithmetic of the weights; what decides a score after the last layer is float32 in any case."""
+    int8: bool
+    """Whether products of matrices are in int8 instead."""
     device: torch.device
     prefix_cache_bytes: int
     """Device memory for what prompts have in common; 0 turns that off."""
 
 
 class Scorer(ABC):
-    """A loaded reranker.
+    """A loaded reranker, as the engine knows it, whatever runs its model."""
+
+    packs: bool
+    """Whether forwards are packed, without padding."""
+
+    @property
+    @abstractmethod
+    def prefix_tokens_read(self) -> int:
+        """Tokens that forwards have read for prefixes so far."""
+
+    @abstractmethod
+    def read(self, request: RerankRequest) -> Iterator[Slice]:
+        """Tokenise `request`, some documents at a time. Runs on the CPU, beside the forwards."""
+
+    @abstractmethod
+    def forward(self, batch: Sequence[TokenSequence]) -> torch.Tensor:
+        """Run sequences of any requests together.
+
+        Args:
+            batch: At least one sequence.
+
+        Returns:
+            float32 [len(batch), width] on the CPU.
+
+        Raises:
+            torch.OutOfMemoryError: The batch does not fit into the device's memory.
+        """
+
+    @abstractmethod
+    def scores(self, rows: torch.Tensor) -> torch.Tensor:
+        """Turn the rows of one request, in the order of its sequences, into float32 [documents] in 0 to 1."""
+
+
+class TorchScorer(Scorer):
+    """A reranker that torch runs, with a model of transformers.
 
     Args:
         checkpoint: The folder to load.
@@ -84,10 +120,9 @@ class Scorer(ABC):
             and "token_type_ids" in inspect.signature(model.forward).parameters
         )
         self.packs = can_pack(self.model)
-        """Whether forwards are packed, without padding."""
         if self.packs:
             prepare_packing(self.model, one_position=self._one_position)
-        use_packed_matrices(self.model.base_model)
+        (use_int8_matrices if placement["int8"] else use_packed_matrices)(self.model.base_model)
         self._prefixes = PrefixCache(max_bytes=placement["prefix_cache_bytes"], compute=self._read_prefixes)
         """Used by causal models alone."""
 
@@ -97,29 +132,11 @@ class Scorer(ABC):
         """Which of a sequence's tokens its row is made of."""
 
     @abstractmethod
-    def read(self, request: RerankRequest) -> Iterator[Slice]:
-        """Tokenise `request`, some documents at a time. Runs on the CPU, beside the forwards."""
-
-    @abstractmethod
     def rows(self, layout: Layout, inputs: dict[str, Any]) -> torch.Tensor:
         """One forward of the model: [sequences, width], which depends on no sequence but its own."""
 
-    @abstractmethod
-    def scores(self, rows: torch.Tensor) -> torch.Tensor:
-        """Turn the rows of one request, in the order of its sequences, into float32 [documents] in 0 to 1."""
-
     def forward(self, batch: Sequence[TokenSequence]) -> torch.Tensor:
-        """Run sequences of any requests together.
-
-        Args:
-            batch: At least one sequence.
-
-        Returns:
-            float32 [len(batch), width] on the CPU.
-
-        Raises:
-            torch.OutOfMemoryError: The batch does not fit into the device's memory.
-        """
+        """One forward, packed where the model can be."""
         with torch.inference_mode():
             layout = self._lay_out(batch)
             types = {"token_type_ids": layout.type_ids} if self._takes_types else {}

@@ -13,13 +13,13 @@ from typing_extensions import Unpack
 from genserve_backend.checkpoints import CheckpointError
 from genserve_backend.rerank.checkpoint import RerankCheckpoint
 from genserve_backend.rerank.request import RerankRequest
-from genserve_backend.rerank.scorers.base import Placement, Scorer, Slice
+from genserve_backend.rerank.scorers.base import Placement, Slice, TorchScorer
 from genserve_backend.rerank.scorers.layouts import Layout
 from genserve_backend.rerank.scorers.text import Template, token_ids, windows
 from genserve_backend.rerank.sentence import Pooling
 
 
-class BiEncoder(Scorer):
+class BiEncoder(TorchScorer):
     """A sentence-transformers model with pooling.
 
     The query is a sequence of its own in front of the documents, so it is embedded once, in the company of documents

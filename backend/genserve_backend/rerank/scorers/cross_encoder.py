@@ -11,13 +11,13 @@ from typing_extensions import Unpack
 
 from genserve_backend.rerank.checkpoint import RerankCheckpoint
 from genserve_backend.rerank.request import RerankRequest
-from genserve_backend.rerank.scorers.base import Placement, Scorer, Slice
+from genserve_backend.rerank.scorers.base import Placement, Slice, TorchScorer
 from genserve_backend.rerank.scorers.layouts import Layout
 from genserve_backend.rerank.scorers.text import Template, one_text, token_ids, windows
 from genserve_backend.rerank.sentence import Pooling
 
 
-class CrossEncoder(Scorer):
+class CrossEncoder(TorchScorer):
     """A ForSequenceClassification model with one label.
 
     A row is the label's logit; score = sigmoid(logit). Only documents are cut, except where a query would leave no

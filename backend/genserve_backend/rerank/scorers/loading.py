@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from genserve_backend.checkpoints import CheckpointError
@@ -26,6 +26,18 @@ def load_tokenizer(path: Path) -> Any:
     if not tokenizer.is_fast:
         raise CheckpointError(f"{path} has no fast tokenizer (tokenizer.json)")
     return tokenizer
+
+
+def load_config(path: Path) -> Any:
+    """The transformers config in `path`.
+
+    Raises:
+        CheckpointError: It cannot be read, or transformers does not know the model.
+    """
+    try:
+        return AutoConfig.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"cannot read the config in {path}: {_first_line(error)}") from error
 
 
 def load_model(auto_class: Any, path: Path, *, dtype: torch.dtype, unused_weights: str = "") -> Any:

@@ -1,0 +1,103 @@
+"""What a causal reranker reads, whichever engine runs it: the template that Qwen3-Reranker was published with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from genserve_backend.checkpoints import CheckpointError
+from genserve_backend.rerank.checkpoint import RerankCheckpoint
+from genserve_backend.rerank.prefix import Prefix, shared
+from genserve_backend.rerank.request import RerankRequest
+from genserve_backend.rerank.scorers.base import Slice
+from genserve_backend.rerank.scorers.layouts import TokenSequence
+from genserve_backend.rerank.scorers.text import one_text, token_ids, windows
+
+PREFIX = (
+    "<|im_start|>system\nJudge whether the Document meets the requirements based on the Query and the Instruct "
+    'provided. Note that the answer can only be "yes" or "no".<|im_end|>\n<|im_start|>user\n'
+)
+SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
+ANSWERS = ("no", "yes")
+
+# Models with one of these do something to the logits behind the last matrix, which two rows of it cannot show.
+_LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+
+
+class Prompts:
+    """Makes the token ids of prompts.
+
+    The body of a prompt is tokenised and cut alone, so the question at its end is always asked.
+
+    Args:
+        checkpoint: Whose prompts, for errors.
+        config: Its transformers config.
+        tokenizer: Its tokenizer.
+        max_length: Tokens of a prompt, at most.
+        shares: Whether prompts name what they begin with alike, for an engine that reads it once.
+
+    Raises:
+        CheckpointError: This is no yes/no reranker, or `max_length` leaves no room for a text.
+    """
+
+    def __init__(
+        self, checkpoint: RerankCheckpoint, *, config: Any, tokenizer: Any, max_length: int, shares: bool
+    ) -> None:
+        for name in _LOGIT_CHANGES:
+            if getattr(config, name, None) not in (None, 1, 1.0):
+                raise CheckpointError(f"{checkpoint.path} has {name} in its config.json, which is not served")
+        self._tokenizer = tokenizer
+        self._shares = shares
+        self._prefix, self._suffix = (one_text(tokenizer, text) for text in (PREFIX, SUFFIX))
+        self._room = max_length - len(self._prefix) - len(self._suffix)
+        if self._room < 1:
+            raise CheckpointError(f"a limit of {max_length} tokens leaves no room in the prompt template")
+        self.answers = [_answer_id(tokenizer, word, checkpoint) for word in ANSWERS]
+        """The token ids of no and yes."""
+
+    def read(self, request: RerankRequest) -> Iterator[Slice]:
+        """One prompt for each document."""
+        lead = f"<Instruct>: {request.instruction or DEFAULT_INSTRUCTION}\n<Query>: "
+        head = f"{lead}{request.query}\n<Document>: "
+        lead_ids, head_ids = one_text(self._tokenizer, lead), one_text(self._tokenizer, head)
+        bodies = (head + document for document in request.documents)
+        for first, ids, characters in token_ids(self._tokenizer, bodies):
+            prefix = self._shared(lead_ids, head_ids, ids, alone=len(request.documents) == 1)
+            sequences = [
+                self._prompt(part, document, prefix, truncated=truncated)
+                for document, body in enumerate(ids, first)
+                for part, truncated in self._windows(body, head_ids, at_most=request.windows)
+            ]
+            yield Slice(sequences, characters - len(head) * len(ids), query_truncated=len(head_ids) > self._room)
+
+    def _windows(self, body: list[int], head: list[int], *, at_most: int) -> list[tuple[list[int], bool]]:
+        """A body whose document is too long in parts, each of them behind instruction and query."""
+        kept = shared([body], head)
+        if len(body) <= self._room or kept >= self._room or at_most == 1:
+            return [(body[: self._room], len(body) > self._room)]
+        parts = windows(body[kept:], self._room - kept, at_most=at_most)
+        return [(body[:kept] + part, truncated) for part, truncated in parts]
+
+    def _prompt(self, body: list[int], document: int, prefix: Prefix | None, *, truncated: bool) -> TokenSequence:
+        ids = self._prefix + body + self._suffix
+        return TokenSequence(ids, [0] * len(ids), document, truncated, prefix)
+
+    def _shared(self, lead: list[int], head: list[int], bodies: list[list[int]], *, alone: bool) -> Prefix | None:
+        """What the prompts of `bodies` have in common, and in it what those of other queries have too.
+
+        A single document gains nothing from its own query's keys and values.
+        """
+        if not self._shares:
+            return None
+        instructed = min(shared([head, *bodies], lead), self._room)
+        parent = Prefix(tuple(self._prefix + lead[:instructed]))
+        length = instructed if alone else min(shared(bodies, head), self._room)
+        return Prefix(tuple(self._prefix + head[:length]), parent) if length > instructed else parent
+
+
+def _answer_id(tokenizer: Any, word: str, checkpoint: RerankCheckpoint) -> int:
+    found = tokenizer.convert_tokens_to_ids(word)
+    if not isinstance(found, int) or found == tokenizer.unk_token_id:
+        raise CheckpointError(f'"{word}" is no token of {checkpoint.path}: this is not a yes/no reranker')
+    return found

@@ -1,0 +1,105 @@
+"""Rerank servers under the load of compare_rerank.py: ours through Triton, and others with their own HTTP interface."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import urllib3
+
+from genserve import Client
+from genserve.serve.options import ServeError
+from genserve.serve.ports import free_ports
+from own_process import TIMEOUT_S
+from perf_server import own_server
+from rerank_load import Load, Request, Timing, drive
+
+START_S = 180
+
+
+def run_ours(checkpoint: Path, load: Load, log: Path, environment: Mapping[str, str]) -> Timing:
+    """Through Triton, over HTTP."""
+    environment = {"RERANK_MODEL_PATH": str(checkpoint), **environment}
+    with (
+        own_server(("rerank",), log=log, environment=environment) as addresses,
+        Client(f"http://{addresses['http']}", timeout=TIMEOUT_S) as client,
+    ):
+
+        def call(request: Request) -> list[float]:
+            ranked = client.rerank(request.query, request.documents)
+            return [document.score for document in sorted(ranked, key=lambda document: document.index)]
+
+        return drive(call, load)
+
+
+def run_infinity(binary: Path, checkpoint: Path, load: Load, log: Path, *, engine: str) -> Timing:
+    """An Infinity server.
+
+    Args:
+        binary: ``infinity_emb`` in an environment of its own.
+        checkpoint: The model; with an ONNX file for the engine "optimum".
+        load: The requests.
+        log: Where it writes.
+        engine: "torch" or "optimum".
+    """
+    # In the checkpoint's folder and under a relative name: an absolute one is too much for its ONNX loader.
+    command = [str(binary), "v2", "--model-id", ".", "--engine", engine, "--device", "cpu"]
+    command += ["--no-bettertransformer", "--url-prefix", "", "--served-model-name", "reranker"]
+    return _run_other(command, load, log, checkpoint)
+
+
+def run_vllm(binary: Path, checkpoint: Path, load: Load, log: Path) -> Timing:
+    """A vLLM server, of its build for CPUs; `binary` is ``vllm`` in an environment of its own."""
+    command = [str(binary), "serve", str(checkpoint), "--runner", "pooling", "--served-model-name", "reranker"]
+    return _run_other([*command, "--dtype", "float32", "--enforce-eager"], load, log, checkpoint)
+
+
+def export_onnx(binary: Path, checkpoint: Path, folder: Path) -> None:
+    """The model as ONNX, in float32 and int8, by the Python of Infinity's environment."""
+    command = [str(binary.parent / "python"), str(Path(__file__).with_name("export_onnx.py"))]
+    done = subprocess.run([*command, str(checkpoint), str(folder)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ServeError(f"no ONNX export: {done.stderr.strip().splitlines()[-1]}")
+
+
+def _run_other(command: Sequence[str], load: Load, log: Path, folder: Path) -> Timing:
+    with _serving(command, log, folder) as url, urllib3.PoolManager(maxsize=len(load.requests)) as pool:
+
+        def call(request: Request) -> list[float]:
+            body = {"model": "reranker", "query": request.query, "documents": list(request.documents)}
+            answer = pool.request("POST", f"{url}/rerank", json=body, timeout=TIMEOUT_S, retries=False)
+            if answer.status != 200:
+                raise ServeError(f"{command[0]} answered {answer.status}: {answer.data[:200]!r}")
+            results = sorted(answer.json()["results"], key=lambda each: each["index"])
+            return [each["relevance_score"] for each in results]
+
+        return drive(call, load)
+
+
+@contextmanager
+def _serving(command: Sequence[str], log: Path, folder: Path) -> Iterator[str]:
+    """Start a server in `folder` on a free port and end it; gives its address."""
+    (port,) = free_ports(1)
+    silent = {"INFINITY_ANONYMOUS_USAGE_STATS": "0", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+    with (
+        log.open("wb") as written,
+        tempfile.TemporaryDirectory(prefix="genserve-hub-") as hub,  # Infinity keeps ONNX files in it by name
+        subprocess.Popen(
+            [*command, "--host", "127.0.0.1", "--port", str(port)],
+            cwd=folder,
+            env={**os.environ, **silent, "HF_HUB_OFFLINE": "1", "HF_HOME": hub},
+            stdout=written,
+            stderr=subprocess.STDOUT,
+        ) as process,
+    ):
+        try:
+            url = f"http://127.0.0.1:{port}"
+            ready = urllib3.Retry(total=START_S, backoff_factor=1, backoff_max=1, status_forcelist=[502, 503])
+            urllib3.request("GET", f"{url}/health", retries=ready)
+            yield url
+        finally:
+            process.terminate()
