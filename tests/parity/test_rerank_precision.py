@@ -1,13 +1,13 @@
-"""What int8 and bfloat16 do to rankings, with real weights and real text; perf/rerank_quality.py has the whole corpus."""
+"""What int8 and bfloat16 do to rankings, with real weights and text; perf/rerank_quality.py takes the whole corpus."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from rerank_quality import agreement, paragraphs, scores
 
 from genserve_backend.matrices import has_int8
+from rerank_quality import agreement, paragraphs, scores
 
 EVERY = 6
 

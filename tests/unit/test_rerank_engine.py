@@ -14,7 +14,7 @@ from turned_engine import TurnedEngine, count
 
 from genserve_backend.errors import Cancelled, DeadlineExceeded, OutOfMemory, ServerError
 from genserve_backend.rerank.engine import RerankEngine
-from genserve_backend.rerank.pool import Piece, Ranking, choose
+from genserve_backend.rerank.pool import FEW, Piece, Ranking, choose
 from genserve_backend.rerank.report import Reporter
 from genserve_backend.rerank.request import RerankRequest
 from genserve_backend.rerank.score_cache import BYTES_PER_SCORE, Score, ScoreCache
@@ -100,6 +100,7 @@ def ranking(*lengths: int, age: float = 0, level: int = 2) -> Ranking:
     job = Job(Submit(0, "t", request(*lengths), 0.0, level), lambda event: None, arrived=-age)
     made = Ranking(job, job.submit.request, unread=0)
     made.read([TokenSequence([0] * length, [], index) for index, length in enumerate(lengths)], characters=0)
+    made.is_read = True
     return made
 
 
@@ -109,15 +110,37 @@ def chosen(*rankings: Ranking, seqs: int = 100, tokens: int = 100, padded: bool 
     return [[piece.length for piece in pieces if piece.ranking is each] for each in rankings]
 
 
-def test_the_smaller_request_goes_first_and_the_other_fills_up() -> None:
-    assert chosen(ranking(40, 40, 40, 40), ranking(30, 10)) == [[40], [30, 10]]
+def test_the_smaller_request_goes_first() -> None:
+    assert chosen(ranking(40, 40, 40, 40), ranking(30, 10)) == [[], [30, 10]]
+
+
+def test_of_many_requests_the_next_fills_up() -> None:
+    large = [ranking(40, 40, 40, 40) for _ in range(FEW)]
+    assert chosen(*large, ranking(30, 10)) == [[40], *[[]] * (FEW - 1), [30, 10]]
+
+
+def test_a_forward_that_finishes_nothing_is_short_while_there_are_few() -> None:
+    assert chosen(ranking(*[10] * 20)) == [[10] * 5]
+    assert chosen(*[ranking(*[10] * 20) for _ in range(FEW + 1)]) == [[10] * 10, *[[]] * FEW]
+
+
+def test_a_request_is_finished_only_when_all_of_it_is_read() -> None:
+    half = ranking(30, 40)
+    half.is_read = False
+    assert chosen(half) == [[30]]
+    half = ranking(30, 40)
+    assert chosen(half) == [[30, 40]]
+
+
+def test_two_small_requests_are_finished_together() -> None:
+    assert chosen(ranking(30, 20), ranking(40), ranking(*[10] * 20)) == [[30, 20], [40], []]
 
 
 def test_age_and_level_make_up_for_size() -> None:
-    large, small = [50] * 100, [60]
+    large, small = [25] * 100, [60]
     assert chosen(ranking(*large), ranking(*small)) == [[], small]
-    assert chosen(ranking(*large, age=3), ranking(*small)) == [[50, 50], []]
-    assert chosen(ranking(*large, level=1), ranking(*small)) == [[50, 50], []]
+    assert chosen(ranking(*large, age=3), ranking(*small)) == [[25, 25], []]
+    assert chosen(ranking(*large, level=1), ranking(*small)) == [[25, 25], []]
     assert chosen(ranking(*large, level=3), ranking(*small, level=2)) == [[], small]
 
 

@@ -18,7 +18,7 @@ from genserve_backend.logs import log
 from genserve_backend.rerank.pool import Piece, Ranking, choose
 from genserve_backend.rerank.reader import Known, Read, Reader
 from genserve_backend.rerank.report import Reporter
-from genserve_backend.rerank.request import RerankRequest, RerankResult
+from genserve_backend.rerank.request import RerankResult
 from genserve_backend.rerank.score_cache import Score, ScoreCache
 from genserve_backend.rerank.scorers.base import Scorer
 from genserve_backend.settings import RerankSettings
@@ -57,15 +57,18 @@ class RerankEngine:
         self._settings = settings
         self._max_num_batched_tokens = max_num_batched_tokens
         self._emit = emit
-        self._inbox: Inbox[Submit | Cancel | Known | Read] = Inbox()
+        self._inbox: Inbox[Ranking | Cancel | Known | Read] = Inbox()
         self._reader = Reader(scorer, known, self._inbox.put)
         self._rankings: dict[int, Ranking] = {}
         self._asked = 0
         """Requests asked for that have not come; below zero after a restart, which brings some unasked."""
 
     def submit(self, submit: Submit) -> None:
-        """Take a request."""
-        self._inbox.put(submit)
+        """Take a request. It is read at once, not only when the current forward is done."""
+        unread = sum(map(len, submit.request.documents))
+        ranking = Ranking(Job(submit, self._emit), submit.request, unread=unread)
+        self._inbox.put(ranking)
+        self._reader.submit(ranking)
 
     def cancel(self, job_id: int) -> None:
         """Stop working on a request after the current forward. One that is unknown or done is left alone."""
@@ -98,6 +101,8 @@ class RerankEngine:
         )
         if pieces:
             self._forward(pieces)
+            for message in self._inbox.take(wait=False):  # which may say that nothing more is to come of a request
+                self._take(message)
         for ranking in list(self._rankings.values()):
             if ranking.is_scored:
                 self._finish(ranking)
@@ -114,14 +119,10 @@ class RerankEngine:
             self._asked += free
             self._emit(Grant(free))
 
-    def _take(self, message: Submit | Cancel | Known | Read) -> None:
-        if isinstance(message, Submit):
+    def _take(self, message: Ranking | Cancel | Known | Read) -> None:
+        if isinstance(message, Ranking):
             self._asked -= 1
-            request: RerankRequest = message.request
-            job = Job(message, self._emit)
-            ranking = Ranking(job, request, unread=sum(map(len, request.documents)))
-            self._rankings[message.job] = ranking
-            self._reader.submit(ranking)
+            self._rankings[message.job.submit.job] = message
         elif isinstance(message, Cancel):
             if known := self._rankings.get(message.job):
                 known.job.cancelled = True

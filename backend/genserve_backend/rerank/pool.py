@@ -18,6 +18,11 @@ AGING_S = 10.0
 """Seconds in the engine after which a request counts as one level more urgent."""
 TOKENS_PER_S = 2_000
 """Tokens that a request may have left more than another one, for each second that it is older, and still go first."""
+FEW = 4
+"""While no more requests than these wait, forwards are kept short where they finish none: one that comes meanwhile has
+to wait for the current one. With more requests waiting, every forward is as full as can be."""
+SHORT = 0.5
+"""The part of the budget that such a forward takes."""
 MAX_PADDING = 0.25
 """The share of a padded row that may be padding; what is shorter waits for a forward of its like."""
 CHARACTERS_PER_TOKEN = 4
@@ -115,16 +120,26 @@ def choose(
 
 
 def _in_order(order: list[Ranking], max_num_seqs: int, max_num_batched_tokens: int) -> list[Piece]:
+    few = len(order) <= FEW
+    short = int(max_num_batched_tokens * SHORT) if few else max_num_batched_tokens
     chosen: list[Piece] = []
     tokens = 0
     for ranking in order:
+        finishes = (
+            ranking.is_read
+            and len(chosen) + len(ranking.waiting) <= max_num_seqs
+            and tokens + sum(piece.length for piece in ranking.waiting) <= max_num_batched_tokens
+        )
+        budget = max_num_batched_tokens if finishes else short
         for piece in ranking.waiting:
             if len(chosen) >= max_num_seqs:
                 return chosen
-            if chosen and tokens + piece.length > max_num_batched_tokens:
+            if chosen and tokens + piece.length > budget:
                 break
             chosen.append(piece)
             tokens += piece.length
+        if few and finishes:
+            short = 0  # what is finished now should not have to wait for what is not
     return chosen
 
 
