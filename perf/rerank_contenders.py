@@ -1,6 +1,7 @@
-"""Ways to serve a cross-encoder, each under the same load: what GenServe is compared with.
+"""Ways to serve a reranker, each under the same load: what GenServe is compared with.
 
-Run by compare_rerank.py, one process for each: ``python rerank_contenders.py NAME CHECKPOINT LOAD.json``. Prints JSON.
+Run by compare_rerank.py and prefix_rerank.py, one process for each, which prints JSON:
+``python rerank_contenders.py NAME CHECKPOINT LOAD.json``.
 They answer calls of their own process, with no server in front, and so have an advantage.
 """
 
@@ -11,8 +12,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -61,9 +64,9 @@ def naive(checkpoint: Path, _load: Load) -> Call:
 class Engine:
     """GenServe's engine in its worker, without a server in front."""
 
-    def __init__(self, checkpoint: Path, _load: Load) -> None:
-        settings = RerankSettings(model_path=checkpoint, score_cache_bytes=0)
-        self._supervisor = Supervisor(Start("genserve_backend.rerank.load:build", settings, "cpu", "rerank_0"))
+    def __init__(self, checkpoint: Path, _load: Load, **settings: Any) -> None:
+        chosen = RerankSettings(model_path=checkpoint, score_cache_bytes=0, **settings)
+        self._supervisor = Supervisor(Start("genserve_backend.rerank.load:build", chosen, "cpu", "rerank_0"))
         self._supervisor.start()
         self._numbers = count()
 
@@ -93,7 +96,11 @@ def offline(checkpoint: Path, load: Load) -> Timing:
     return Timing(seconds, [seconds] * len(load.requests), per_request)
 
 
-CALLS: dict[str, Callable[[Path, Load], Call]] = {"engine": Engine, "naive": naive}
+CALLS: dict[str, Callable[[Path, Load], Call]] = {
+    "engine": Engine,
+    "engine-without-prefixes": partial(Engine, prefix_cache_bytes=0),
+    "naive": naive,
+}
 
 
 def main(name: str, checkpoint_path: str, load_path: str) -> None:

@@ -1,4 +1,4 @@
-"""The load of compare_rerank.py: requests that all come at once, with documents of very different lengths."""
+"""The load of the rerank benchmarks: models of known shapes with random weights, and requests that all come at once."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, BertConfig, BertForSequenceClassification
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 QUERY_TOKENS = 10
 
@@ -69,6 +75,29 @@ def write_cross_encoder(source: Path, folder: Path) -> None:
     config = BertConfig.from_pretrained(source, num_labels=1)
     BertForSequenceClassification(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+
+
+def write_causal(source: Path, folder: Path) -> None:
+    """A Qwen3 with eight layers of width 512 and random weights.
+
+    Its tokenizer is the one in `source` with the words of chat templates as tokens, so that prompts are about as long
+    as Qwen3-Reranker's own.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "<think>", "</think>", "<Instruct>", "<Query>", "<Document>"])
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=512,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        intermediate_size=1536,
+        max_position_embeddings=2048,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,10 @@ RERANK = Families(
             "genserve_prefix_tokens_saved_total",
             "Tokens that were not read again because other prompts begin with them too",
         ),
+        "queue_seconds": (
+            "genserve_queue_seconds_total",
+            "Seconds that requests waited in the engine for their first forward",
+        ),
         "cache_hits": ("genserve_score_cache_hits_total", "Pairs whose score was known from an earlier request"),
     },
     stages=("forward",),

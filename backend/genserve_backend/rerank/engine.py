@@ -155,8 +155,9 @@ class RerankEngine:
     def _forward(self, pieces: Sequence[Piece]) -> None:
         """Run the model on sequences of any requests, and keep what it makes of each."""
         started = time.monotonic()
-        for ranking in {piece.ranking for piece in pieces}:
-            ranking.started = ranking.started or started
+        for ranking in {piece.ranking for piece in pieces if piece.ranking.started is None}:
+            ranking.started = started
+            self._reporter.began(started - ranking.job.arrived)
         before = self._scorer.prefix_tokens_read
         rows, failed = isolate(self._run, pieces, name=_name)
         self._reporter.ran(

@@ -29,7 +29,7 @@ class Reporter:
         self._device = device
         self._pulse = Pulse(emit, self._beat)
         self._counts: Counter[str] = Counter()
-        self._forward_s = 0.0
+        self._forward_s = self._queue_s = 0.0
         self._batch_tokens: list[int] = []
         self._running = self._waiting = 0
         self._reported = 0.0
@@ -37,6 +37,10 @@ class Reporter:
     def known(self, pairs: int) -> None:
         """So many pairs need no forward."""
         self._counts["cache_hits"] += pairs
+
+    def began(self, waited_s: float) -> None:
+        """The first forward of a request begins."""
+        self._queue_s += waited_s
 
     def ran(self, pieces: Sequence[Piece], *, seconds: float, padded: bool, prefix_tokens: int) -> None:
         """A forward of these sequences took `seconds`, the reading of so many tokens of their prefixes among them."""
@@ -63,10 +67,10 @@ class Reporter:
         self._pulse.beat()
 
     def _beat(self) -> Beat:
-        counts = {**self._counts, "forward_seconds": self._forward_s}
+        counts = {**self._counts, "forward_seconds": self._forward_s, "queue_seconds": self._queue_s}
         sizes = tuple(self._batch_tokens)
         self._counts.clear()
-        self._forward_s = 0.0
+        self._forward_s = self._queue_s = 0.0
         self._batch_tokens.clear()
         gauges = {
             "running": self._running,
