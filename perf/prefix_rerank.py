@@ -113,9 +113,9 @@ def main(queries: int, documents: int, repeats: int, python: Path | None, check:
         distance = max(abs(one - other) for one, other in zip(ours, _flat(timings[title][0]), strict=True))
         ratio = "" if title == OURS else f"{speeds[OURS] / speed:.2f} x"
         drawn.add_row(title, f"{speed:.1f}", ratio, "" if title == OURS else f"{distance:.0e}")
-    Console().print(
-        f"{queries} queries, {documents} documents each, prompts of {length:.0f} tokens, {shared:.0f} shared"
-    )
+    console = Console()
+    console.width = max(console.width, 110)
+    console.print(f"{queries} queries, {documents} documents each, prompts of {length:.0f} tokens, {shared:.0f} shared")
     console.print(drawn)
     broken = []
     for start, least in PROMISES.items():

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from genserve_backend.rerank import varlen
+
 PACKED = "genserve_packed"
 """The name for ``config._attn_implementation``."""
 
@@ -75,6 +77,18 @@ class Packing:
         """What a sequence continues."""
         return self.prefixes[sequence] if self.prefixes else None
 
+    def prefixed(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of all tokens, and before each sequence's own those of what it continues."""
+        if not any(prefix is not None for prefix in self.prefixes):
+            return key, value
+        pairs = []
+        for index, (length, end) in enumerate(zip(self.lengths, self.ends, strict=True)):
+            if (prefix := self.prefix(index)) is not None:
+                pairs.append(prefix.layers[layer])
+            pairs.append((key[:, :, end - length : end], value[:, :, end - length : end]))
+        keys, values = zip(*pairs, strict=True)
+        return torch.cat(keys, dim=2), torch.cat(values, dim=2)
+
     def keys_values(self, sequence: int) -> KeysValues:
         """What was kept of a sequence, and of the prefix before it."""
         end = self.ends[sequence]
@@ -120,6 +134,21 @@ def packed_attention(
     """
     if packing.keep:
         packing.kept[module.layer_idx] = (key, value)
+    causal = bool(module.is_causal)
+    # The kernel takes queries for the last tokens of their sequence: a first one can only be asked to see everything.
+    if varlen.serves(query) and not (one_position and not packing.last and (causal or sliding_window)):
+        keys, values = packing.prefixed(module.layer_idx, key, value) if packing.prefixes else (key, value)
+        attended = varlen.attend(
+            query,
+            keys,
+            values,
+            query_lengths=[1] * len(packing.lengths) if one_position else packing.lengths,
+            key_lengths=[packing.skipped(index) + length for index, length in enumerate(packing.lengths)],
+            causal=causal,
+            window=sliding_window,
+            scaling=scaling,
+        )
+        return attended, None
     grouped = key.shape[1] != query.shape[1]
     parts = []
     for index, (length, end) in enumerate(zip(packing.lengths, packing.ends, strict=True)):
@@ -131,10 +160,10 @@ def packed_attention(
             keys, values = torch.cat([before[0], keys], dim=2), torch.cat([before[1], values], dim=2)
         seen = keys.shape[2]
         rows = range(seen - length, seen) if not one_position else range(seen - 1, seen) if packing.last else range(1)
-        causal, mask = _view(rows, seen, causal=bool(module.is_causal), window=sliding_window, device=query.device)
+        is_causal, mask = _view(rows, seen, causal=causal, window=sliding_window, device=query.device)
         parts.append(
             functional.scaled_dot_product_attention(
-                queries, keys, values, attn_mask=mask, is_causal=causal, scale=scaling, enable_gqa=grouped
+                queries, keys, values, attn_mask=mask, is_causal=is_causal, scale=scaling, enable_gqa=grouped
             )
         )
     return torch.cat(parts, dim=2).transpose(1, 2), None
