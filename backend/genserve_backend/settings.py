@@ -129,6 +129,8 @@ class RerankSettings(ModelSettings):
     dtype: Annotated[RerankDType, Env("RERANK_DTYPE")] = "auto"
     """The arithmetic of the weights; auto is bfloat16 on a GPU and float32 on a CPU. int8 is for CPUs: the products of
     matrices are then in int8, the rest in float32."""
+    compiled: Annotated[bool, Env("RERANK_COMPILE")] = False
+    """Whether torch.compile fuses what lies between the products of matrices; the start then takes longer."""
     model_size: Annotated[Literal["0.6B", "4B", "8B"] | None, Env("MODEL_SIZE")] = None
     """Picks the folder among several, and the defaults of the limits below."""
     engine: Annotated[Literal["torch", "vllm"], Env("ENGINE")] = "torch"
@@ -177,6 +179,15 @@ class RerankSettings(ModelSettings):
     def _torch_alone(cls, value: str, info: ValidationInfo) -> str:
         if value == "vllm" and info.data.get("dtype") == "int8":
             raise ValueError("int8 is for torch alone; choose another RERANK_DTYPE")
+        if value == "vllm" and info.data.get("compiled"):
+            raise ValueError("RERANK_COMPILE is for torch alone; vLLM compiles as it sees fit")
+        return value
+
+    @field_validator("compiled")
+    @classmethod
+    def _not_int8(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("dtype") == "int8":
+            raise ValueError("int8 cannot be compiled; choose another RERANK_DTYPE")
         return value
 
     @field_validator("gpu_groups", mode="before")

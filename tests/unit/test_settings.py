@@ -112,6 +112,13 @@ def test_settings_cannot_be_changed() -> None:
 # The engine of the reranker.
 
 
+def test_each_model_has_its_own_arithmetic() -> None:
+    environ = {"FLUX_DTYPE": "float16", "RERANK_DTYPE": "int8"}
+    assert flux(**environ).dtype == "float16"
+    assert rerank(**environ).dtype == "int8"
+    assert (flux().dtype, rerank().dtype) == ("auto", "auto")
+
+
 def test_vllm_gets_its_settings_from_the_environment() -> None:
     settings = rerank(ENGINE="vllm", GPU_MEMORY_UTILIZATION="0.5", TENSOR_PARALLEL_SIZE="2")
     assert (settings.engine, settings.gpu_memory_utilization, settings.tensor_parallel_size) == ("vllm", 0.5, 2)
@@ -124,6 +131,10 @@ def test_vllm_gets_its_settings_from_the_environment() -> None:
     [
         ({"ENGINE": "onnx"}, ["ENGINE: ", "'torch' or 'vllm'", "'onnx'"]),
         ({"ENGINE": "vllm", "RERANK_DTYPE": "int8"}, ["ENGINE: ", "RERANK_DTYPE", "'vllm'"]),
+        ({"ENGINE": "vllm", "RERANK_COMPILE": "true"}, ["ENGINE: ", "RERANK_COMPILE", "'vllm'"]),
+        ({"RERANK_DTYPE": "int8", "RERANK_COMPILE": "1"}, ["RERANK_COMPILE: ", "RERANK_DTYPE", "'1'"]),
+        ({"RERANK_COMPILE": "often"}, ["RERANK_COMPILE: ", "'often'"]),
+        ({"RERANK_DTYPE": "int4"}, ["RERANK_DTYPE: ", "int8", "'int4'"]),
         ({"GPU_MEMORY_UTILIZATION": "0"}, ["GPU_MEMORY_UTILIZATION: ", "greater than 0", "'0'"]),
         ({"GPU_MEMORY_UTILIZATION": "1.1"}, ["GPU_MEMORY_UTILIZATION: ", "less than or equal to 1", "'1.1'"]),
         ({"GPU_MEMORY_UTILIZATION": "nan"}, ["GPU_MEMORY_UTILIZATION: ", "'nan'"]),

@@ -22,7 +22,7 @@ def ask_one_position(model: nn.Module) -> None:
     position of each.
     """
     layers = _layers(model)
-    layers[-1] = _OnePosition(layers[-1])
+    layers[-1] = OnePosition(layers[-1])
 
 
 def _layers(model: nn.Module) -> nn.ModuleList:
@@ -31,7 +31,9 @@ def _layers(model: nn.Module) -> nn.ModuleList:
     return max(lists, key=len)
 
 
-class _OnePosition(nn.Module):
+class OnePosition(nn.Module):
+    """A layer that answers for `Packing.asked`."""
+
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
@@ -45,6 +47,7 @@ class _OnePosition(nn.Module):
             return getattr(super().__getattr__("layer"), name)
 
     def forward(self, hidden_states: Tensor, *args: Any, packing: Packing, **kwargs: Any) -> Tensor:
+        """``[1, tokens, width]`` to ``[sequences, 1, width]``."""
         asked = self._forward(self.layer, hidden_states, *args, packing=packing, **kwargs)
         return asked.transpose(0, 1)
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from genserve_backend.rerank.attention import PACKED
-from genserve_backend.rerank.last_layer import ask_one_position
+import torch
+from transformers import AttentionInterface
+
+from genserve_backend.rerank.attention import PACKED, packed_attention
+from genserve_backend.rerank.last_layer import OnePosition, ask_one_position
 
 _PACKABLE = frozenset(
     {"bert", "camembert", "llama", "mistral", "modernbert", "qwen2", "qwen3", "roberta", "xlm-roberta"}
@@ -29,3 +33,16 @@ def prepare_packing(model: Any, *, one_position: bool) -> None:
     model.set_attn_implementation(PACKED)
     if one_position:
         ask_one_position(model)
+
+
+def compile_model(model: Any) -> None:
+    """Have torch.compile fuse what lies between the matrices of `model`, once for all lengths.
+
+    What looks at the packing stays as it is: it would be compiled anew for every batch.
+    """
+    as_it_is: Callable[[Any], Any] = torch.compiler.disable
+    AttentionInterface.register(PACKED, as_it_is(packed_attention))
+    for part in model.modules():
+        if isinstance(part, OnePosition):
+            part.forward = as_it_is(part.forward)  # type: ignore[method-assign]
+    model.compile(dynamic=True)

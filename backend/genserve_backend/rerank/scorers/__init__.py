@@ -40,12 +40,15 @@ def load_scorer(checkpoint: RerankCheckpoint, settings: RerankSettings, device: 
     int8 = settings.dtype == "int8"
     if int8 and not (target.type == "cpu" and has_int8()):
         raise CheckpointError(f"int8 needs a CPU that has VNNI, and this instance is on {device}")
-    scorer = SCORERS[checkpoint.kind]
-    return scorer(
+    scorer = SCORERS[checkpoint.kind](
         checkpoint,
         max_length=limit,
         dtype=resolve_dtype(settings.dtype, device),
         int8=int8,
+        compiled=settings.compiled,
         device=target,
         prefix_cache_bytes=settings.prefix_cache_bytes,
     )
+    if settings.compiled:
+        scorer.warm_up(settings.token_budget(device))
+    return scorer

@@ -18,7 +18,7 @@ from typing_extensions import Unpack
 from genserve_backend.matrices import use_int8_matrices, use_packed_matrices
 from genserve_backend.rerank.attention import KeysValues, Packing
 from genserve_backend.rerank.checkpoint import RerankCheckpoint, first_position
-from genserve_backend.rerank.packing import can_pack, prepare_packing
+from genserve_backend.rerank.packing import can_pack, compile_model, prepare_packing
 from genserve_backend.rerank.prefix import PrefixCache
 from genserve_backend.rerank.request import RerankRequest
 from genserve_backend.rerank.scorers.layouts import Layout, Packed, Padded, TokenSequence
@@ -45,6 +45,8 @@ class Placement(TypedDict):
     """The arithmetic of the weights; what decides a score after the last layer is float32 in any case."""
     int8: bool
     """Whether products of matrices are in int8 instead."""
+    compiled: bool
+    """Whether torch.compile gets the model."""
     device: torch.device
     prefix_cache_bytes: int
     """Device memory for what prompts have in common; 0 turns that off."""
@@ -122,7 +124,12 @@ class TorchScorer(Scorer):
         self.packs = can_pack(self.model)
         if self.packs:
             prepare_packing(self.model, one_position=self._one_position)
-        (use_int8_matrices if placement["int8"] else use_packed_matrices)(self.model.base_model)
+        if placement["compiled"]:
+            compile_model(self.model.base_model)
+        elif placement["int8"]:
+            use_int8_matrices(self.model.base_model)
+        else:
+            use_packed_matrices(self.model.base_model)
         self._prefixes = PrefixCache(max_bytes=placement["prefix_cache_bytes"], compute=self._read_prefixes)
         """Used by causal models alone."""
 
@@ -141,6 +148,12 @@ class TorchScorer(Scorer):
             layout = self._lay_out(batch)
             types = {"token_type_ids": layout.type_ids} if self._takes_types else {}
             return self.rows(layout, layout.inputs | types).float().cpu()
+
+    def warm_up(self, tokens: int) -> None:
+        """Run forwards of one and of several sequences, up to so many tokens: no request then waits for a compiler."""
+        for lengths in ((tokens // 8,), (2, 3), (tokens // 2, tokens // 4, tokens // 8)):
+            sequences = [[self.pad] * max(2, min(length, self.max_length)) for length in lengths]
+            self.forward([TokenSequence(ids, [0] * len(ids), None) for ids in sequences])
 
     @property
     def prefix_tokens_read(self) -> int:
