@@ -1,4 +1,4 @@
-"""Qwen3-Reranker's true shapes with random weights, through the engine and through sentence-transformers, on one device.
+"""Qwen3-Reranker's true shapes with random weights, through the engine and sentence-transformers, on one device.
 
 Random weights take as long as trained ones, so a GPU without the checkpoint can still be measured: pairs per second of
 requests with 100 documents of 200 tokens, 16 at a time, and the share of the device's own rate of matrix products. The
@@ -195,7 +195,7 @@ def main(
     console.width = max(console.width, 110)
     console.print(f"{requests} requests at once, {documents} documents of {tokens} tokens, {dtype}, {device}")
     console.print(
-        f"large matrices: {rate / 1e12:.1f} TFLOP/s; the share counts tokens that forwards read, less attention"
+        f"large matrices: {rate / 1e12:.1f} TFLOP/s; the share is of tokens times weights, attention not counted"
     )
     console.print(table)
     if check and min(ratios) < PROMISE:

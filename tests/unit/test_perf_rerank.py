@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from compare_rerank import CONTENDERS, Result, broken_promises, distance
 from rerank_load import Timing
 from rerank_quality import agreement, paragraphs
