@@ -164,7 +164,7 @@ def broken_promises(results: dict[str, Result]) -> list[str]:
 @click.option("--repeats", type=click.IntRange(min=1), default=3, show_default=True, help="Runs of each, in turn.")
 @click.option("--only", multiple=True, type=click.Choice(list(CONTENDERS)), help="Less to do.")
 @click.option("--infinity", type=click.Path(exists=True, path_type=Path), help="infinity_emb, in its environment.")
-@click.option("--vllm", type=click.Path(exists=True, path_type=Path), help="vllm, in its environment.")
+@click.option("--vllm", type=click.Path(exists=True, path_type=Path), help="python of vLLM's environment.")
 @click.option("--check", is_flag=True, help="Fail when a ratio is below what is promised.")
 def main(
     requests: int,

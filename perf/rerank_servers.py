@@ -52,10 +52,11 @@ def run_infinity(binary: Path, checkpoint: Path, load: Load, log: Path, *, engin
     return _run_other(command, load, log, checkpoint)
 
 
-def run_vllm(binary: Path, checkpoint: Path, load: Load, log: Path) -> Timing:
-    """A vLLM server, of its build for CPUs; `binary` is ``vllm`` in an environment of its own."""
-    command = [str(binary), "serve", str(checkpoint), "--runner", "pooling", "--served-model-name", "reranker"]
-    return _run_other([*command, "--dtype", "float32", "--enforce-eager"], load, log, checkpoint)
+def run_vllm(python: Path, checkpoint: Path, load: Load, log: Path) -> Timing:
+    """A vLLM server, of its build for CPUs; `python` is its environment's."""
+    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)]
+    command += ["--runner", "pooling", "--dtype", "float32", "--enforce-eager", "--served-model-name", "reranker"]
+    return _run_other(command, load, log, checkpoint)
 
 
 def export_onnx(binary: Path, checkpoint: Path, folder: Path) -> None:
