@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +57,7 @@ def run_vllm(python: Path, checkpoint: Path, load: Load, log: Path) -> Timing:
     """A vLLM server, of its build for CPUs; `python` is its environment's."""
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)]
     command += ["--runner", "pooling", "--dtype", "float32", "--enforce-eager", "--served-model-name", "reranker"]
+    command += ["--gpu-memory-utilization", "0.5"]  # of the machine's memory, most of which has to be free otherwise
     return _run_other(command, load, log, checkpoint)
 
 
@@ -99,8 +101,25 @@ def _serving(command: Sequence[str], log: Path, folder: Path) -> Iterator[str]:
     ):
         try:
             url = f"http://127.0.0.1:{port}"
-            ready = urllib3.Retry(total=START_S, backoff_factor=1, backoff_max=1, status_forcelist=[502, 503])
-            urllib3.request("GET", f"{url}/health", retries=ready)
+            _wait(url, process, log)
             yield url
         finally:
             process.terminate()
+
+
+def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Until the server answers.
+
+    Raises:
+        ServeError: It has ended, or does not within `START_S`.
+    """
+    give_up = time.monotonic() + START_S
+    while time.monotonic() < give_up and process.poll() is None:
+        try:
+            if urllib3.request("GET", f"{url}/health", retries=False, timeout=5).status == 200:
+                return
+        except urllib3.exceptions.HTTPError:
+            pass
+        time.sleep(1)
+    lines = [line for line in log.read_text(errors="replace").splitlines() if "Error" in line]
+    raise ServeError(f"{process.args!s} did not start: {lines[-1].strip() if lines else 'see its log'}")

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from genserve import Client, GenServeError
 from genserve.serve.ports import free_ports
@@ -57,6 +59,19 @@ class Server:
     @property
     def metrics(self) -> str:
         return f"http://localhost:{self.ports[2]}/metrics"
+
+    def metric(self, model: str, name: str, **labels: str) -> float:
+        """Of the model's first instance."""
+        with urllib.request.urlopen(self.metrics, timeout=10) as answer:
+            families = text_string_to_metric_families(answer.read().decode())
+        wanted = {"model": model, "instance": f"{model}_0_0", **labels}
+        (value,) = [
+            sample.value
+            for family in families
+            for sample in family.samples
+            if (sample.name, sample.labels) == (name, wanted)
+        ]
+        return float(value)
 
     def url(self, protocol: str) -> str:
         return self.http if protocol == "http" else self.grpc

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -12,13 +11,10 @@ import numpy as np
 import pytest
 import tritonclient.http as triton_http
 from conftest import PROTOCOLS, Server, serving, wait_until
-from prometheus_client.parser import text_string_to_metric_families
 from tritonclient.utils import InferenceServerException
 
 from genserve import Client
 from genserve_backend.worker.engine import BEAT_S
-
-LABELS = {"model": "flux", "instance": "flux_0_0"}
 
 
 @pytest.fixture(scope="module")
@@ -28,22 +24,9 @@ def running_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]
     yield from serving(tmp_path_factory, *arguments, FLUX_MAX_RUNNING="1", MAX_GPU_QUEUE_SIZE="1")
 
 
-def metric(server: Server, name: str, **labels: str) -> float:
-    with urllib.request.urlopen(server.metrics, timeout=10) as answer:
-        families = text_string_to_metric_families(answer.read().decode())
-    wanted = {**LABELS, **labels}
-    (value,) = [
-        sample.value
-        for family in families
-        for sample in family.samples
-        if (sample.name, sample.labels) == (name, wanted)
-    ]
-    return float(value)
-
-
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_an_urgent_request_takes_the_place_of_another_which_goes_on(server: Server, protocol: str) -> None:
-    before = metric(server, "genserve_preemptions_total")
+    before = server.metric("flux", "genserve_preemptions_total")
     with Client(server.url(protocol), timeout=120) as client, ThreadPoolExecutor(1) as pool:
         alone = client.generate("a long one", steps=100, height=256, width=256, seed=1)
         paused = pool.submit(
@@ -54,22 +37,25 @@ def test_an_urgent_request_takes_the_place_of_another_which_goes_on(server: Serv
         assert not paused.done()
         assert paused.result().data == alone.data  # one at a time, so not even a rounding differs
     assert urgent.info["queue_s"] < paused.result().info["denoise_s"]
-    wait_until(lambda: metric(server, "genserve_preemptions_total") == before + 1, what="the pause to be counted")
+    wait_until(
+        lambda: server.metric("flux", "genserve_preemptions_total") == before + 1, what="the pause to be counted"
+    )
 
 
 def test_an_operator_can_count(server: Server) -> None:
     def counts() -> dict[str, float]:
         return {
-            "images": metric(server, "genserve_requests_total", outcome="done"),
-            "failed": metric(server, "genserve_requests_total", outcome="failed"),
-            "steps": metric(server, "genserve_steps_total"),
-            "forwards": metric(server, "genserve_batch_size_count"),
+            "images": server.metric("flux", "genserve_requests_total", outcome="done"),
+            "failed": server.metric("flux", "genserve_requests_total", outcome="failed"),
+            "steps": server.metric("flux", "genserve_steps_total"),
+            "forwards": server.metric("flux", "genserve_batch_size_count"),
         }
 
     time.sleep(2 * BEAT_S + 0.5)  # until what other tests have done is told
     before = counts()
     stages = {
-        stage: metric(server, "genserve_stage_seconds_total", stage=stage) for stage in ("encode", "denoise", "decode")
+        stage: server.metric("flux", "genserve_stage_seconds_total", stage=stage)
+        for stage in ("encode", "denoise", "decode")
     }
     with Client(server.grpc) as client:
         for seed in range(3):
@@ -77,10 +63,10 @@ def test_an_operator_can_count(server: Server) -> None:
     expected = {"images": 3.0, "failed": 0.0, "steps": 15.0, "forwards": 15.0}
     wait_until(lambda: {name: counts()[name] - before[name] for name in before} == expected, what="the counts")
     for stage, seconds in stages.items():
-        assert metric(server, "genserve_stage_seconds_total", stage=stage) > seconds
-    assert metric(server, "genserve_device_memory_bytes") > 1e7
-    assert metric(server, "genserve_worker_restarts_total") == 0
-    wait_until(lambda: metric(server, "genserve_running") == 0, what="nothing to run")
+        assert server.metric("flux", "genserve_stage_seconds_total", stage=stage) > seconds
+    assert server.metric("flux", "genserve_device_memory_bytes") > 1e7
+    assert server.metric("flux", "genserve_worker_restarts_total") == 0
+    wait_until(lambda: server.metric("flux", "genserve_running") == 0, what="nothing to run")
 
 
 @pytest.mark.parametrize("value", [0, 4, -1, "high", 1.5], ids=str)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from conftest import Server, wait_until
 
 from genserve import Client, InvalidInput
+from genserve_backend.worker.engine import BEAT_S
 
 DOCUMENTS = [
     "Berlin is the capital of Germany.",
@@ -69,3 +72,30 @@ def test_bad_input_names_the_tensor(client: Client, query: str, documents: list[
     with pytest.raises(InvalidInput, match=tensor) as caught:
         client.rerank(query, documents)
     assert len(str(caught.value)) < 300
+
+
+def test_an_operator_can_count(server: Server) -> None:
+    names = {
+        "pairs": "genserve_pairs_total",
+        "tokens": "genserve_tokens_total",
+        "padding": "genserve_padding_tokens_total",
+        "hits": "genserve_score_cache_hits_total",
+        "in forwards": "genserve_batch_tokens_sum",
+    }
+
+    def counts() -> dict[str, float]:
+        return {key: server.metric("rerank", name) for key, name in names.items()}
+
+    time.sleep(2 * BEAT_S + 0.5)  # until what other tests have done is told
+    before = counts()
+    queued = server.metric("rerank", "genserve_queue_seconds_total")
+    worked = server.metric("rerank", "genserve_stage_seconds_total", stage="forward")
+    with Client(server.grpc) as client:
+        client.rerank(QUESTION, DOCUMENTS)
+    wait_until(lambda: counts()["pairs"] > before["pairs"], what="the counts")
+    counted = {key: value - before[key] for key, value in counts().items()}
+    tokens = counted["tokens"]
+    assert 30 < tokens < 60  # of a question and three short sentences
+    assert counted == {"pairs": 4.0, "tokens": tokens, "padding": 0.0, "hits": 0.0, "in forwards": tokens}
+    assert server.metric("rerank", "genserve_queue_seconds_total") > queued
+    assert server.metric("rerank", "genserve_stage_seconds_total", stage="forward") > worked
