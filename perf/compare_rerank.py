@@ -97,7 +97,7 @@ def runners(
     ours = partial(run_ours, checkpoint, load, folder / "server.log")
     found: dict[str, Callable[[], Timing]] = {"genserve": partial(ours, {})}
     found |= {name: partial(own_process, name) for name in ("engine", "naive", "offline")}
-    found |= {name: partial(ours, {"DTYPE": name}) for name in ("bfloat16", "int8")}
+    found |= {name: partial(ours, {"RERANK_DTYPE": name}) for name in ("bfloat16", "int8")}
     if infinity:
         start = partial(run_infinity, infinity.absolute(), load=load, log=folder / "infinity.log")
         found["infinity"] = partial(start, checkpoint, engine="torch")

@@ -10,7 +10,9 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.update(VLLM_CONFIGURE_LOGGING="0", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1")
+os.environ.update(
+    VLLM_CONFIGURE_LOGGING="0", VLLM_NO_USAGE_STATS="1", DO_NOT_TRACK="1", VLLM_ENABLE_V1_MULTIPROCESSING="0"
+)
 
 from vllm import LLM, PoolingParams  # type: ignore[import-not-found]
 
