@@ -6,7 +6,6 @@ several sizes, with 1 to 8 images at a time. Needs about 36 GiB of memory in bfl
 
 from __future__ import annotations
 
-import statistics
 import sys
 import threading
 import time
@@ -30,6 +29,7 @@ from genserve_backend.flux.load import assemble
 from genserve_backend.flux.request import parse
 from genserve_backend.settings import FluxSettings
 from genserve_backend.worker.messages import Done, Event, Failed, Submit
+from stopwatch import timed
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "demo"))
 from flux_parts import clip_tokenizer, flux_scheduler, t5_tokenizer
@@ -152,17 +152,6 @@ def together(pipeline: FluxPipeline, length: int) -> Callable[..., None]:
         )
 
     return call
-
-
-def timed(call: Callable[[], None], repeats: int) -> float:
-    """The median of some runs, in seconds, after one that is not counted."""
-    call()
-    seconds = []
-    for _ in range(repeats):
-        started = time.monotonic()
-        call()
-        seconds.append(time.monotonic() - started)
-    return statistics.median(seconds)
 
 
 def _numbers(_: click.Context, __: click.Parameter, text: str) -> tuple[int, ...]:

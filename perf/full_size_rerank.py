@@ -8,7 +8,6 @@ for trying it.
 
 from __future__ import annotations
 
-import statistics
 import sys
 import tempfile
 import threading
@@ -32,6 +31,7 @@ from genserve_backend.settings import RerankSettings
 from genserve_backend.worker.engine import BEAT_S
 from genserve_backend.worker.messages import Beat, Done, Event, Failed, Submit
 from rerank_load import CHAT_WORDS, Load, Request, draw_load
+from stopwatch import timed
 
 SHAPES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 2},
@@ -141,17 +141,6 @@ def matrix_rate(device: str, dtype: torch.dtype) -> float:
             torch.cuda.synchronize()
 
     return 10 * 2 * width**3 / timed(multiply, 3)
-
-
-def timed(call: Callable[[], None], repeats: int) -> float:
-    """The median of some runs, in seconds, after one that is not counted."""
-    call()
-    seconds = []
-    for _ in range(repeats):
-        started = time.monotonic()
-        call()
-        seconds.append(time.monotonic() - started)
-    return statistics.median(seconds)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
