@@ -13,6 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -173,10 +174,10 @@ def main(
             weights = write_checkpoint(shape, folder, device, arithmetic)
             load = draw_load(folder, requests=requests, documents=documents, tokens=(tokens, tokens))
             engine = Engine(folder, device, dtype)
-            ours = timed(lambda engine=engine, load=load: engine(load), repeats)  # type: ignore[misc]
+            ours = timed(partial(engine, load), repeats)
             share = 2 * weights * engine.tokens_read() / (repeats + 1) / ours / rate
             other = cross_encoder(folder, device, arithmetic)
-            theirs = timed(lambda other=other, load=load: other(load), repeats)  # type: ignore[misc]
+            theirs = timed(partial(other, load), repeats)
         ratios.append(theirs / ours)
         speeds = (f"{load.pairs / seconds:.1f}" for seconds in (ours, theirs))
         table.add_row(shape, *speeds, f"{theirs / ours:.2f} x", f"{share:.0%}")

@@ -11,6 +11,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import click
@@ -89,13 +91,13 @@ def main(queries: int, documents: int, repeats: int, python: Path | None, check:
             load = draw_load(checkpoint, requests=queries, documents=documents, tokens=(TOKENS, TOKENS))
             load_file.write_text(load.to_json(), encoding="utf-8")
             length, shared = write_prompts(checkpoint, load, prompts)
-            runs = {
-                OURS: lambda: run_ours("engine", checkpoint, load_file),
-                WITHOUT: lambda: run_ours("engine-without-prefixes", checkpoint, load_file),
+            runs: dict[str, Callable[[], Timing]] = {
+                OURS: partial(run_ours, "engine", checkpoint, load_file),
+                WITHOUT: partial(run_ours, "engine-without-prefixes", checkpoint, load_file),
             }
             for block in BLOCKS if python else ():
                 title = f"vLLM, blocks of {block} tokens" if block else "vLLM, without its prefix cache"
-                runs[title] = lambda block=block: run_vllm(python.absolute(), checkpoint, prompts, block)  # type: ignore
+                runs[title] = partial(run_vllm, python.absolute(), checkpoint, prompts, block)
             timings: dict[str, list[Timing]] = {title: [] for title in runs}
             for repeat in range(repeats):
                 for title, run in runs.items():

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from genserve_backend.settings import DType, RerankDType
+from genserve_backend.settings import RerankDType
 
 
-def resolve_dtype(dtype: DType | RerankDType, device: str) -> torch.dtype:
+def resolve_dtype(dtype: RerankDType, device: str) -> torch.dtype:
     """The torch dtype to load weights in: auto is bfloat16 on a GPU and float32 on a CPU, int8 starts from float32."""
     if dtype == "auto":
         return torch.bfloat16 if device.startswith("cuda") else torch.float32

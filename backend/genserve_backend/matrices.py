@@ -1,8 +1,7 @@
 """The matrix products of a model on a CPU: by oneDNN, from weights that are laid out for it once.
 
-torch hands float32 products to the BLAS that it was built with. That is MKL, which on CPUs that are not Intel's leaves
-half of the vector units idle: on a Zen 5 core ``nn.Linear`` reaches 108 GFLOP/s, oneDNN 250. Elsewhere the two are
-level. The results differ by float32's rounding. torch.compile uses the same operators when it freezes a model.
+torch hands float32 products to the BLAS that it was built with. That is MKL, which leaves half of the vector units of
+AMD's Zen 5 idle: on a core ``nn.Linear`` reaches 108 GFLOP/s, oneDNN 250. The results differ by float32's rounding. torch.compile uses the same operators when it freezes a model.
 """
 
 from __future__ import annotations

@@ -19,9 +19,8 @@ from genserve_backend.rerank.report import Reporter
 from genserve_backend.rerank.request import RerankRequest
 from genserve_backend.rerank.score_cache import BYTES_PER_SCORE, Score, ScoreCache
 from genserve_backend.rerank.scorers.base import Scorer, Slice
-from genserve_backend.rerank.scorers.layouts import Layout, TokenSequence
+from genserve_backend.rerank.scorers.layouts import TokenSequence
 from genserve_backend.rerank.scorers.text import windows
-from genserve_backend.rerank.sentence import Pooling
 from genserve_backend.settings import RerankSettings
 from genserve_backend.worker.engine import Job
 from genserve_backend.worker.messages import Submit
@@ -37,11 +36,10 @@ class StubScorer(Scorer):
 
     packs = True
     prefix_tokens_read = 0
-    pooling: Pooling = "cls"
 
     def __init__(self, *, room: int = 10**9, leading: int = 0, hold: threading.Event | None = None) -> None:
         self.room = room
-        self.leading = leading  # type: ignore[misc]
+        self.leading = leading
         self.hold = hold
         self.batches: list[list[int]] = []
 
@@ -58,9 +56,6 @@ class StubScorer(Scorer):
                 for document, text in part
             ]
             yield Slice(sequences, sum(len(text) for document, text in part if document is not None))
-
-    def rows(self, layout: Layout, inputs: dict[str, Any]) -> torch.Tensor:
-        raise NotImplementedError
 
     def forward(self, batch: Sequence[TokenSequence]) -> torch.Tensor:
         lengths = [len(sequence.ids) for sequence in batch]
@@ -130,6 +125,21 @@ def test_a_request_is_finished_only_when_all_of_it_is_read() -> None:
     assert chosen(half) == [[30]]
     half = ranking(30, 40)
     assert chosen(half) == [[30, 40]]
+
+
+def test_urgency_can_be_asked_while_sequences_come() -> None:
+    """The reader's thread asks while the engine's takes over what was read."""
+    growing = ranking(10, 20)
+
+    class Growing(TokenSequence):
+        @property
+        def length(self) -> int:
+            growing.waiting.append(Piece(growing, 2, TokenSequence([0] * 5, [], 2)))
+            return 7
+
+    growing.waiting.appendleft(Piece(growing, 3, Growing([0], [], 3)))
+    assert growing.tokens_left == 37
+    assert len(growing.waiting) == 4
 
 
 def test_two_small_requests_are_finished_together() -> None:

@@ -137,7 +137,7 @@ def packed_attention(
     causal = bool(module.is_causal)
     # The kernel takes queries for the last tokens of their sequence: a first one can only be asked to see everything.
     if varlen.serves(query) and not (one_position and not packing.last and (causal or sliding_window)):
-        keys, values = packing.prefixed(module.layer_idx, key, value) if packing.prefixes else (key, value)
+        keys, values = packing.prefixed(module.layer_idx, key, value)
         attended = varlen.attend(
             query,
             keys,

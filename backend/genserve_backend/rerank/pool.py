@@ -63,7 +63,8 @@ class Ranking:
     @property
     def tokens_left(self) -> float:
         """Tokens that the model still has to read, some of them guessed."""
-        return sum(piece.length for piece in self.waiting) + self.unread / CHARACTERS_PER_TOKEN
+        waiting = tuple(self.waiting)  # at once: the reader's thread asks too, while the engine's adds to them
+        return sum(piece.length for piece in waiting) + self.unread / CHARACTERS_PER_TOKEN
 
     @property
     def is_scored(self) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 from typing import Any
 
@@ -19,6 +20,10 @@ try:
 except ImportError:  # an older torch
     varlen_attn = None
 
+_SUFFICES = varlen_attn is not None and (
+    {"window_size", "enable_gqa", "num_splits"} <= inspect.signature(varlen_attn).parameters.keys()
+)
+"""Whether this torch has the kernel, with all that is asked of it."""
 _MAX_HEAD = 256
 """The widest head that FlashAttention takes."""
 
@@ -30,8 +35,7 @@ def serves(query: Tensor) -> bool:
         and query.dtype in (torch.bfloat16, torch.float16)
         and query.shape[-1] <= _MAX_HEAD
         and query.shape[-1] % 8 == 0
-        and varlen_attn is not None
-        and {"window_size", "enable_gqa", "num_splits"} <= inspect.signature(varlen_attn).parameters.keys()
+        and _SUFFICES
     )
 
 
@@ -66,8 +70,8 @@ def attend(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        _offsets(query_lengths, query.device),
-        _offsets(key_lengths, query.device),
+        _offsets(tuple(query_lengths), query.device),
+        _offsets(tuple(key_lengths), query.device),
         max(query_lengths),
         max(key_lengths),
         scale=scaling,
@@ -78,6 +82,7 @@ def attend(
     return attended[None]
 
 
-def _offsets(lengths: Sequence[int], device: torch.device) -> Tensor:
+@lru_cache(maxsize=8)  # the same for all layers of a forward
+def _offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     return offsets.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else offsets
