@@ -1,7 +1,8 @@
 """The matrix products of a model on a CPU: by oneDNN, from weights that are laid out for it once.
 
 torch hands float32 products to the BLAS that it was built with. That is MKL, which leaves half of the vector units of
-AMD's Zen 5 idle: on a core ``nn.Linear`` reaches 108 GFLOP/s, oneDNN 250. The results differ by float32's rounding. torch.compile uses the same operators when it freezes a model.
+AMD's Zen 5 idle: on a core ``nn.Linear`` reaches 108 GFLOP/s, oneDNN 250. The results differ by float32's
+rounding. torch.compile uses the same operators when it freezes a model.
 """
 
 from __future__ import annotations
