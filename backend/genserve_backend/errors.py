@@ -38,6 +38,10 @@ class OutOfMemory(RequestError):
     """The request does not fit into the device's memory, not even alone."""
 
 
+class ServerUnavailable(RequestError):
+    """A process of the server went away while it had the request; sending it again helps."""
+
+
 class ServerError(RequestError):
     """A defect in the server, or a request that was in flight at two worker deaths."""
 

@@ -27,6 +27,9 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 RerankDType = Literal[DType, "int8"]
 
 
+HANG_TIMEOUT_S = 300.0
+
+
 class Env(str):
     """Marks a field with the environment variable that overrides it."""
 
@@ -49,10 +52,15 @@ class ModelSettings(BaseModel):
     """CPU threads of one worker; 0 leaves the choice to torch."""
     start_timeout_s: float = Field(default=900.0, gt=0)
     """Seconds that a worker may take to load its model."""
-    hang_timeout_s: Annotated[float, Env("HANG_TIMEOUT")] = Field(default=300.0, ge=2.0, le=86_400)
-    """Seconds without a sign of life after which a worker is replaced; longer than its longest single step."""
+    hang_timeout_s: Annotated[float, Env("HANG_TIMEOUT")] = Field(default=HANG_TIMEOUT_S, ge=2.0, le=86_400)
+    """Seconds without a sign of life after which a worker, a stub or tritonserver is replaced; longer than the longest
+    single step."""
     task_timeout_s: Annotated[float, Env("TASK_TIMEOUT")] = Field(default=240.0, gt=0, le=86_400)
-    """Seconds after which a request that runs is given up."""
+    """Seconds that a request may wait in Triton's queue, and again that it may take from its arrival at an instance.
+
+    Two limits of one length and not one deadline, because Triton does not tell a model how long a request has waited.
+    A request's own timeout is applied in the same way; the client adds its deadline, which counts from the call.
+    """
 
     @property
     def memory_share(self) -> float | None:

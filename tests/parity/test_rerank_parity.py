@@ -17,9 +17,10 @@ from transformers import (
 from turned_engine import TurnedEngine, count
 
 from genserve_backend.checkpoints import CheckpointError
+from genserve_backend.rerank.checkpoint import RerankCheckpoint
 from genserve_backend.rerank.load import build
 from genserve_backend.rerank.request import RerankRequest, RerankResult
-from genserve_backend.rerank.scorers import base
+from genserve_backend.rerank.scorers import base, load_scorer
 from genserve_backend.settings import RerankSettings
 
 QUERY = "What is the capital of France?"
@@ -233,3 +234,18 @@ def test_weights_that_are_not_in_the_folder_are_not_made_up(tmp_path: Path) -> N
     (folder / "config.json").write_text(config, encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"lack 2 tensors, classifier\.bias"):
         rerank(folder)
+
+
+@pytest.mark.parametrize("windows", [1, 3], ids=["cut", "windows"])
+@pytest.mark.parametrize("kind", MODELS, ids=str)
+def test_all_characters_of_the_documents_are_read_and_no_others(
+    kind: str, windows: int, folders: dict[str, Path]
+) -> None:
+    """Whatever else the scorer reads: the query, a template, a prompt."""
+    settings = RerankSettings(model_path=folders[kind])
+    scorer = load_scorer(RerankCheckpoint.read(folders[kind]), settings, "cpu")
+    request = RerankRequest(QUERY, DOCUMENTS * 30, None, windows)
+    slices = list(scorer.read(request))
+    assert len(slices) > 1
+    assert sum(part.characters for part in slices) == sum(map(len, request.documents))
+    assert all(part.characters >= 0 for part in slices)

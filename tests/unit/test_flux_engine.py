@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from flux_engine import EngineRun, pixels
 from pictures import same
 from PIL import Image
-from turned_engine import count
+from turned_engine import PATIENCE_S, count
 
 from genserve_backend.errors import Cancelled, DeadlineExceeded, OutOfMemory, RequestError, ServerError
 from genserve_backend.flux import report as report_module
@@ -21,6 +22,7 @@ from genserve_backend.flux.checkpoint import FluxCheckpoint
 from genserve_backend.flux.request import FluxResult
 from genserve_backend.worker import engine as worker_engine
 from genserve_backend.worker.isolate import DeviceLost
+from genserve_backend.worker.messages import Submit
 from make_flux import make_flux
 
 SMALL = {"HEIGHT": 64, "WIDTH": 64}
@@ -266,17 +268,37 @@ def test_a_lost_device_ends_the_engine(checkpoint: FluxCheckpoint) -> None:
         engine.turn(3)
 
 
-def test_a_decoder_that_hangs_stops_the_beats(checkpoint: FluxCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_engine, "BEAT_S", 0.01)
-    engine = EngineRun(checkpoint, hang_timeout_s=2.0)
-    monkeypatch.setattr(engine.engine._decoder, "busy_s", lambda: 1.0)
-    engine.turn(3)
-    beats = len(engine.beats)
-    assert beats
-    monkeypatch.setattr(engine.engine._decoder, "busy_s", lambda: 3.0)
-    time.sleep(0.05)
-    engine.turn(3)
-    assert len(engine.beats) == beats
+@pytest.mark.parametrize("thread", ["decode", "write"])
+def test_a_thread_that_hangs_is_told_with_every_beat(
+    thread: str, checkpoint: FluxCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_engine, "BEAT_S", 0.0)
+    engine = EngineRun(checkpoint)
+    hold = threading.Event()
+    owner, name = {
+        "decode": (engine.engine._decoder._pipeline, "_unpack_latents"),
+        "write": (engine.engine._decoder._keeper, "keep"),
+    }[thread]
+    original = getattr(owner, name)
+
+    def hang(*arguments: Any) -> Any:
+        hold.wait(PATIENCE_S)
+        return original(*arguments)
+
+    monkeypatch.setattr(owner, name, hang)
+    job = engine.submit(engine.parse(STEPS=1, **SMALL))
+    engine.turn_until(lambda: bool(engine.beats) and engine.beats[-1].stalled_s > 0.2)
+    hold.set()
+    assert isinstance(engine.answer(job), FluxResult)
+    engine.turn_until(lambda: engine.beats[-1].stalled_s == 0.0)
+
+
+def test_the_time_of_an_image_counts_from_its_arrival(engine: EngineRun) -> None:
+    arrived = time.monotonic() - 5.0
+    engine.engine.submit(Submit(77, "t", engine.parse(STEPS=1, **SMALL), time.monotonic() + 60, arrived=arrived))
+    result = engine.answer(77)
+    assert isinstance(result, FluxResult)
+    assert 5.0 <= result.queue_s <= result.elapsed_time < 15.0
 
 
 def test_an_operator_can_count(checkpoint: FluxCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:

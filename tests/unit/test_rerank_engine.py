@@ -6,6 +6,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from turned_engine import TurnedEngine, count
 
 from genserve_backend.errors import Cancelled, DeadlineExceeded, OutOfMemory, ServerError
+from genserve_backend.rerank import report as report_module
 from genserve_backend.rerank.engine import RerankEngine
 from genserve_backend.rerank.pool import FEW, Piece, Ranking, choose
 from genserve_backend.rerank.report import Reporter
@@ -22,6 +24,7 @@ from genserve_backend.rerank.scorers.base import Scorer, Slice
 from genserve_backend.rerank.scorers.layouts import TokenSequence
 from genserve_backend.rerank.scorers.text import windows
 from genserve_backend.settings import RerankSettings
+from genserve_backend.worker import engine as worker_engine
 from genserve_backend.worker.engine import Job
 from genserve_backend.worker.messages import Submit
 
@@ -74,7 +77,7 @@ def engine(scorer: StubScorer, *, max_num_batched_tokens: int = 10_000, **settin
     return TurnedEngine(
         lambda emit: RerankEngine(
             scorer=scorer,
-            known=ScoreCache(max_bytes=limits.score_cache_bytes, revision="test"),
+            known=ScoreCache(max_bytes=limits.score_cache_bytes),
             reporter=Reporter(device=torch.device("cpu"), emit=emit),
             settings=limits,
             emit=emit,
@@ -92,7 +95,7 @@ def scores(*lengths: int) -> Any:
 
 
 def ranking(*lengths: int, age: float = 0, level: int = 2) -> Ranking:
-    job = Job(Submit(0, "t", request(*lengths), 0.0, level), lambda event: None, arrived=-age)
+    job = Job(Submit(0, "t", request(*lengths), 0.0, level, arrived=-age), lambda event: None)
     made = Ranking(job, job.submit.request, unread=0)
     made.read([TokenSequence([0] * length, [], index) for index, length in enumerate(lengths)], characters=0)
     made.is_read = True
@@ -314,7 +317,45 @@ def test_progress_counts_documents() -> None:
     run.turn(2)
     steps = [(event.step, event.steps) for event in run.progress[job]]
     assert steps == sorted(steps)
-    assert all(0 < step <= 40 and steps == 40 for step, steps in steps)
+    assert all(0 <= step <= 40 and steps == 40 for step, steps in steps)
+
+
+class TwoWindows(StubScorer):
+    """Reads every document in two windows."""
+
+    def read(self, request: RerankRequest) -> Iterator[Slice]:
+        for part in super().read(request):
+            yield replace(part, sequences=[sequence for sequence in part.sequences for _ in range(2)])
+
+
+def test_a_document_counts_once_all_its_windows_are_scored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report_module, "PROGRESS_S", 0.0)
+    run = engine(TwoWindows(), max_num_batched_tokens=10)
+    job = run.submit(request(*[10] * 6))
+    run.answer(job)
+    steps = [event.step for event in run.progress[job]]
+    assert steps == list(range(6)), "one window a forward, so one document every other forward"
+
+
+def test_the_time_of_a_request_counts_from_its_arrival() -> None:
+    run = engine(StubScorer())
+    arrived = time.monotonic() - 5.0
+    run.engine.submit(Submit(1, "t", request(10), time.monotonic() + 60, arrived=arrived))
+    result = run.answer(1)
+    assert 5.0 <= result.queue_s <= result.elapsed_time < 10.0
+
+
+def test_a_slice_that_takes_long_is_told_with_every_beat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_engine, "BEAT_S", 0.0)
+    hold = threading.Event()
+    run = engine(StubScorer(hold=hold))
+    run.turn()
+    assert run.beats[-1].stalled_s == 0.0
+    job = run.submit(request(*[1] * (SLICE + 1)))
+    run.turn_until(lambda: run.beats[-1].stalled_s > 0.2)
+    hold.set()
+    run.answer(job)
+    run.turn_until(lambda: run.beats[-1].stalled_s == 0.0)
 
 
 def test_known_scores_need_no_forward() -> None:
@@ -333,7 +374,7 @@ def test_known_scores_need_no_forward() -> None:
 
 
 def test_a_score_is_known_for_its_query_and_instruction_alone() -> None:
-    known = ScoreCache(max_bytes=2**20, revision="one")
+    known = ScoreCache(max_bytes=2**20)
     keys = known.keys(RerankRequest("ab", ("c", "d"), "i"))
     values = [Score(0.1, truncated=False), Score(0.2, truncated=True)]
     known.put(zip(keys, values, strict=True))
@@ -346,11 +387,10 @@ def test_a_score_is_known_for_its_query_and_instruction_alone() -> None:
     ]
     for other in others:
         assert known.get(known.keys(other)) == {}
-    assert ScoreCache(max_bytes=2**20, revision="two").keys(RerankRequest("ab", ("c", "d"), "i")) != keys
 
 
 def test_known_scores_stay_within_their_memory() -> None:
-    known = ScoreCache(max_bytes=10 * BYTES_PER_SCORE, revision="one")
+    known = ScoreCache(max_bytes=10 * BYTES_PER_SCORE)
     keys = known.keys(request(*range(30)))
     known.put((key, Score(0.5, truncated=False)) for key in keys)
     assert len(known) == 10

@@ -248,7 +248,7 @@ def test_choosing_models_keeps_tasks(
     models: tuple[str, ...], expected: list[str], repository: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "rendered"
-    assert render(ServeOptions(repository=repository, models=models), target, {}) == expected
+    assert list(render(ServeOptions(repository=repository, models=models), target, {}).models) == expected
     assert sorted(path.name for path in target.iterdir()) == expected
 
 
@@ -397,7 +397,7 @@ def test_shipped_batching() -> None:
 
 def test_the_shipped_repository_renders(checkpoints: dict[str, str], tmp_path: Path) -> None:
     target = tmp_path / "rendered"
-    assert render(ServeOptions(repository=SHIPPED), target, checkpoints) == ["flux", "rerank", "tasks"]
+    assert render(ServeOptions(repository=SHIPPED), target, checkpoints).models == ("flux", "rerank", "tasks")
     for model in ("flux", "rerank"):
         before, after = read_config(SHIPPED, model), read_config(target, model)
         assert after.parameters["model_path"].string_value == checkpoints[f"{model.upper()}_MODEL_PATH"]

@@ -76,7 +76,14 @@ def test_without_a_gpu_triton_is_told_not_to_look_for_one(
 
 @pytest.mark.parametrize(
     ("host", "address"),
-    [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("example.org", "example.org")],
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("0.0.0.0", "127.0.0.1"),
+        ("::", "[::1]"),
+        ("::1", "[::1]"),
+        ("fd00::2", "[fd00::2]"),
+        ("example.org", "example.org"),
+    ],
     ids=str,
 )
 def test_the_addresses_reach_the_server_from_here(host: str, address: str) -> None:

@@ -15,12 +15,19 @@ from typing import Any
 
 import psutil
 import pytest
-from worker_handlers import BROKEN_ENV
+from worker_handlers import BROKEN_ENV, ONCE_ENV
 
-from genserve_backend.errors import Cancelled, DeadlineExceeded, InvalidInput, RequestError, ServerError
+from genserve_backend.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidInput,
+    RequestError,
+    ServerError,
+    ServerUnavailable,
+)
 from genserve_backend.settings import FluxSettings
 from genserve_backend.worker import supervisor as supervisor_module
-from genserve_backend.worker.link import WORKER_PATH_ENV
+from genserve_backend.worker.link import WORKER_PATH_ENV, exit_reason
 from genserve_backend.worker.messages import Start
 from genserve_backend.worker.supervisor import Supervisor, WorkerStartError
 
@@ -293,7 +300,7 @@ def test_a_worker_that_cannot_come_back_fails_what_waits_until_it_can(
     assert running.running.wait(PATIENCE_S)
     kill_worker(shared)
     for task in (running, queued):
-        assert type(task.outcome()) is ServerError
+        assert type(task.outcome()) is ServerUnavailable
         assert "the disk is gone" in str(task.outcome())
     monkeypatch.delenv(BROKEN_ENV)
     shared.wait_for_slot()
@@ -321,6 +328,79 @@ def test_a_worker_that_gives_no_sign_of_life_is_replaced(gate: Path) -> None:
         supervisor.close()
 
 
+def test_a_worker_that_is_stopped_in_the_middle_of_a_large_answer_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ONCE_ENV, str(tmp_path / "stopped"))
+    supervisor = make("build_stopping", hang_timeout_s=2.0)
+    supervisor.start()
+    try:
+        submit = submitter(supervisor, [])
+        stopped = psutil.Process(supervisor.worker_pid)
+        large = submit("echo", b"x" * 20_000_000)
+        assert wait_until(lambda: stopped.status() == psutil.STATUS_STOPPED, PATIENCE_S)
+        since = time.monotonic()
+        # The supervisor goes on to look after its callers.
+        cancelled, late = submit("hold", "/none"), submit("echo", 1, within_s=0.2)
+        cancelled.cancelled = True
+        assert cancelled.heard.wait(0.5)
+        assert type(late.outcome()) is DeadlineExceeded
+        assert wait_until(lambda: is_gone(stopped.pid), 4.0)
+        assert time.monotonic() - since < 2.0 + 1.0
+        assert large.outcome() == b"x" * 20_000_000
+        assert submit("where").outcome()[0] != stopped.pid
+    finally:
+        supervisor.close()
+
+
+def test_close_does_not_wait_for_a_worker_that_is_stopped_in_the_middle_of_an_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(ONCE_ENV, str(tmp_path / "stopped"))
+    supervisor = make("build_stopping")
+    supervisor.start()
+    stopped = psutil.Process(supervisor.worker_pid)
+    large = submitter(supervisor, [])("echo", b"x" * 20_000_000)
+    assert wait_until(lambda: stopped.status() == psutil.STATUS_STOPPED, PATIENCE_S)
+    started = time.monotonic()
+    supervisor.close()
+    assert time.monotonic() - started < 2.0
+    assert type(large.outcome()) is ServerUnavailable
+
+
+def test_a_thread_of_the_worker_that_panics_costs_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(ONCE_ENV, str(tmp_path / "panicked"))
+    supervisor = make("build_panicking")
+    supervisor.start()
+    try:
+        submit = submitter(supervisor, [])
+        before = supervisor.worker_pid
+        tasks = [submit("panic"), submit("echo", 1), submit("echo", 2)]
+        assert [task.outcome() for task in tasks] == ["calm", 1, 2]
+        assert supervisor.worker_pid != before
+        hopeless, next_one = submit("panic", "always"), submit("echo", 3)
+        assert type(hopeless.outcome()) is ServerError
+        assert next_one.outcome() == 3
+    finally:
+        supervisor.close()
+
+
+def test_a_stalled_helper_thread_counts_as_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Although beats, progress and other answers go on."""
+    supervisor = make("build_stalling", hang_timeout_s=2.0)
+    supervisor.start()
+    try:
+        before = supervisor.worker_pid
+        submit = submitter(supervisor, [])
+        started = time.monotonic()
+        while supervisor.worker_pid == before:
+            assert submit("echo", 1).outcome() == 1
+            assert time.monotonic() - started < 8.0
+            time.sleep(0.02)
+    finally:
+        supervisor.close()
+
+
 def test_close_ends_the_worker_and_answers_what_is_in_flight(gate: Path) -> None:
     supervisor = make(slots=1)
     supervisor.start()
@@ -335,7 +415,7 @@ def test_close_ends_the_worker_and_answers_what_is_in_flight(gate: Path) -> None
     in_background(supervisor.wait_for_slot, then=through.set)
     supervisor.close()
     assert not psutil.pid_exists(pid)
-    assert [[type(outcome) for outcome in recorder.outcomes] for recorder in recorders] == [[Cancelled], [Cancelled]]
+    assert [[type(outcome) for outcome in recorder.outcomes] for recorder in recorders] == [[ServerUnavailable]] * 2
     assert through.wait(5)
 
 
@@ -425,13 +505,59 @@ def test_a_request_after_the_end_is_answered() -> None:
     supervisor.start()
     supervisor.close()
     late = submitter(supervisor, [])("echo", 1)
-    assert isinstance(late.outcome(), Cancelled)
+    assert isinstance(late.outcome(), ServerUnavailable)
 
 
-def test_a_process_that_cannot_be_started_is_a_failed_start(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_is_stopped_while_it_loads_is_replaced() -> None:
+    supervisor = make(hang_timeout_s=2.0)
+    threading.Thread(target=supervisor.start, daemon=True).start()
+    try:
+        assert wait_until(lambda: supervisor.worker_pid is not None, PATIENCE_S)
+        stopped = supervisor.worker_pid
+        assert stopped is not None
+        os.kill(stopped, signal.SIGSTOP)
+        assert wait_until(lambda: is_gone(stopped), 4.0)
+    finally:
+        supervisor.close()
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(11, "Resource temporarily unavailable"), "Resource temporarily unavailable"),
+        (subprocess.SubprocessError("Bad exception data from child"), "SubprocessError"),
+    ],
+    ids=["refused", "empty-handshake"],
+)
+def test_a_process_that_cannot_be_started_is_a_failed_start(
+    error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(start: Start) -> None:
-        raise OSError(11, "Resource temporarily unavailable")
+        raise error
 
     monkeypatch.setattr(supervisor_module, "WorkerLink", refuse)
-    with pytest.raises(WorkerStartError, match="cannot start a process: Resource temporarily unavailable"):
+    with pytest.raises(WorkerStartError, match=f"cannot start a process: {reason}"):
         make().start()
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [(0, "exit code 0"), (70, "exit code 70"), (-9, "signal SIGKILL"), (-40, "signal 40"), (-200, "signal 200")],
+    ids=str,
+)
+def test_the_end_of_a_process_has_a_reason(code: int, reason: str) -> None:
+    assert exit_reason(code) == reason
+
+
+def test_a_worker_that_ends_by_a_signal_without_a_name_is_replaced() -> None:
+    supervisor = make()
+    supervisor.start()
+    try:
+        pid = supervisor.worker_pid
+        assert pid is not None
+        os.kill(pid, 40)
+        assert submitter(supervisor, [])("echo", 1).outcome() == 1
+        assert wait_until(lambda: supervisor.worker_pid != pid, PATIENCE_S)
+        assert submitter(supervisor, [])("echo", 2).outcome() == 2
+    finally:
+        supervisor.close()

@@ -47,12 +47,6 @@ def test_progress_names_its_job() -> None:
     assert events == [Progress(7, 1, 2), Progress(7, 2, 2, b"preview")]
 
 
-def test_waiting_is_measured_from_arrival() -> None:
-    job = new_job()
-    time.sleep(0.05)
-    assert 0.05 <= job.waited_s < 5
-
-
 @pytest.mark.parametrize("raised", [ValueError("secret"), RuntimeError("CUDA error: secret\nline"), MemoryError()])
 def test_a_defect_is_named_and_tells_no_secrets(raised: Exception) -> None:
     error = str(defect(raised))

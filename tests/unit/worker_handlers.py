@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -15,9 +16,13 @@ from genserve_backend.checkpoints import CheckpointError
 from genserve_backend.errors import InvalidInput, RequestError
 from genserve_backend.settings import FluxSettings
 from genserve_backend.worker.engine import BEAT_S, Emit, Job, Pulse, defect
-from genserve_backend.worker.messages import Done, Event, Failed, Grant, Submit
+from genserve_backend.worker.messages import Beat, Done, Event, Failed, Grant, Submit
+from genserve_backend.worker.threads import start_thread
 
 BROKEN_ENV = "WORKER_HANDLERS_BROKEN"
+ONCE_ENV = "WORKER_HANDLERS_ONCE"
+"""A file that the first worker to fail in the scripted way creates; later ones work."""
+LARGE_BYTES = 10 * 2**20
 
 
 def build_scripted(settings: FluxSettings, device: str, emit: Emit) -> SerialEngine:
@@ -39,6 +44,60 @@ def build_crashing(_settings: FluxSettings, _device: str, _emit: Emit) -> Serial
     raise AssertionError
 
 
+def build_stopping(settings: FluxSettings, device: str, emit: Emit) -> SerialEngine:
+    """The scripted engine in a worker that is stopped half-way through its first large message."""
+    send = Connection._send
+
+    def send_half(connection: Connection, data: Any, *arguments: Any) -> None:
+        if len(data) < LARGE_BYTES or not first_time():
+            return send(connection, data, *arguments)
+        send(connection, data[: len(data) // 2])
+        os.kill(os.getpid(), signal.SIGSTOP)
+        raise AssertionError("resumed")
+
+    Connection._send = send_half
+    return build_scripted(settings, device, emit)
+
+
+def build_panicking(settings: FluxSettings, device: str, emit: Emit) -> SerialEngine:
+    """The scripted engine with a helper thread that fails in a way that is no Exception, for each request "panic"."""
+    engine = build_scripted(settings, device, emit)
+    requests: SimpleQueue[Submit] = SimpleQueue()
+    submit = engine.submit
+
+    def read() -> None:
+        while True:
+            request = requests.get()
+            if request.request[0] == "panic" and (request.request[1] == "always" or first_time()):
+                raise Panic("thread panicked in Rust")
+            submit(request)
+
+    engine.submit = requests.put
+    start_thread(read, name="read")
+    return engine
+
+
+def build_stalling(settings: FluxSettings, device: str, emit: Emit) -> SerialEngine:
+    """The scripted engine beside a helper thread that never gets on."""
+    started = time.monotonic()
+    engine = build_scripted(settings, device, emit)
+    engine.pulse = Pulse(emit, lambda: Beat(stalled_s=time.monotonic() - started))
+    return engine
+
+
+class Panic(BaseException):
+    """Like pyo3's PanicException, no Exception."""
+
+
+def first_time() -> bool:
+    """Whether this is the first call of all workers."""
+    try:
+        Path(os.environ[ONCE_ENV]).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -50,7 +109,7 @@ class SerialEngine:
         self._handle = handle
         self._emit = emit
         self._slots = slots
-        self._pulse = Pulse(emit)
+        self.pulse = Pulse(emit)
         self._jobs: dict[int, Job] = {}
         self._queue: SimpleQueue[Job] = SimpleQueue()
 
@@ -65,7 +124,7 @@ class SerialEngine:
     def run(self) -> None:
         self._emit(Grant(self._slots))
         while True:
-            self._pulse.beat()
+            self.pulse.beat()
             with contextlib.suppress(Empty):
                 job = self._queue.get(timeout=BEAT_S)
                 self._emit(self._answer(job))
@@ -73,7 +132,7 @@ class SerialEngine:
 
     def _answer(self, job: Job) -> Event:
         def check() -> None:
-            self._pulse.beat()
+            self.pulse.beat()
             if error := job.end():
                 raise error
 
@@ -121,6 +180,9 @@ class Scripted:
         while not Path(gate).exists():
             time.sleep(0.005)
         return "hung"
+
+    def panic(self, *_: Any) -> str:
+        return "calm"
 
     def crash(self, *_: Any) -> None:
         die()

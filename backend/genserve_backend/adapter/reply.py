@@ -16,6 +16,7 @@ from genserve_backend.errors import (
     OutOfMemory,
     RequestError,
     ServerError,
+    ServerUnavailable,
 )
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,7 @@ CODES = {
     Cancelled: "CANCELLED",
     DeadlineExceeded: "UNAVAILABLE",
     OutOfMemory: "UNAVAILABLE",
+    ServerUnavailable: "UNAVAILABLE",
     ServerError: "INTERNAL",
 }
 """The error table of the contract: which of pb_utils.TritonError's codes a kind of error travels under.

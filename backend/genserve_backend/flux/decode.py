@@ -6,9 +6,9 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -25,6 +25,7 @@ from genserve_backend.flux.request import FluxResult
 from genserve_backend.worker.engine import defect
 from genserve_backend.worker.isolate import isolate
 from genserve_backend.worker.messages import Done, Event, Failed
+from genserve_backend.worker.threads import Busy, start_thread
 
 MAX_IMAGES = 4
 MAX_PIXELS = 1024 * 1024
@@ -64,12 +65,13 @@ class Decoder:
         self._queue: SimpleQueue[Finished] = SimpleQueue()
         self._lock = threading.Lock()
         self._pending = 0
-        self._busy_since: float | None = None
         self._seconds = 0.0
-        self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="write")
-        self.lost: Exception | None = None
-        """Why there will be no more answers from here; the engine's thread then ends the process."""
-        threading.Thread(target=self._run, name="decode", daemon=True).start()
+        self._decoding = Busy()
+        self._writing = [Busy() for _ in range(WRITERS)]
+        self._pictures_done: SimpleQueue[tuple[Finished, PilImage.Image]] = SimpleQueue()
+        start_thread(self._run, name="decode")
+        for number, busy in enumerate(self._writing):
+            start_thread(partial(self._write_all, busy), name=f"write-{number}")
 
     def put(self, image: Image) -> None:
         """Take an image; it is answered in any case."""
@@ -83,9 +85,8 @@ class Decoder:
         return self._pending
 
     def busy_s(self) -> float:
-        """Seconds since the forward that runs now was begun; 0 where none runs."""
-        since = self._busy_since
-        return time.monotonic() - since if since else 0.0
+        """Return for how many seconds one of the threads has been at one forward or file; 0 where all are idle."""
+        return max(busy.seconds for busy in (self._decoding, *self._writing))
 
     def take_seconds(self) -> float:
         """Seconds spent in decoding and encoding since the last call."""
@@ -104,11 +105,8 @@ class Decoder:
             while True:
                 batch = [held or self._queue.get()]
                 held = self._fill(batch)
-                try:
+                with self._decoding:
                     self._decode(batch)
-                except Exception as error:
-                    self.lost = error
-                    return
 
     def _fill(self, batch: list[Finished]) -> Finished | None:
         """Add what waits and has the same size; return the first one that does not, or does not fit any more."""
@@ -122,7 +120,7 @@ class Decoder:
         return None
 
     def _decode(self, batch: list[Finished]) -> None:
-        started = self._busy_since = time.monotonic()
+        started = time.monotonic()
         alive: dict[Image, Finished] = {}
         for finished in batch:
             if error := finished.image.job.end():
@@ -134,11 +132,10 @@ class Decoder:
             pictures, failed = isolate(self._pictures, list(alive), name=lambda image: image.name)
             for image, error in failed.items():
                 self._fail(image, error)
-        self._busy_since = None
         with self._lock:
             self._seconds += time.monotonic() - started
         for image, picture in pictures.items():
-            self._writers.submit(self._write, alive[image], picture)
+            self._pictures_done.put((alive[image], picture))
 
     def _pictures(self, images: Sequence[Image]) -> list[PilImage.Image]:
         """As FluxPipeline decodes: undo the packing and the VAE's scaling, then decode."""
@@ -149,6 +146,12 @@ class Decoder:
         pixels = self._vae.decode(latents / config.scaling_factor + config.shift_factor, return_dict=False)[0]
         pictures: list[PilImage.Image] = pipeline.image_processor.postprocess(pixels, output_type="pil")
         return pictures
+
+    def _write_all(self, busy: Busy) -> None:
+        while True:
+            finished, picture = self._pictures_done.get()
+            with busy:
+                self._write(finished, picture)
 
     def _write(self, finished: Finished, picture: PilImage.Image) -> None:
         image, started = finished.image, time.monotonic()

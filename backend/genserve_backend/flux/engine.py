@@ -107,10 +107,6 @@ class FluxEngine:
         if self._running:
             self._step()
         self._reporter.report(self._running, self._waiting)
-        if self._decoder.lost:
-            raise self._decoder.lost
-        if self._decoder.busy_s() < self._settings.hang_timeout_s:
-            self._reporter.pulse.beat()
 
     # What a turn is made of.
 

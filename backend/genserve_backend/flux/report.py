@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -15,11 +14,10 @@ from genserve_backend.devices import memory_bytes, step_aside
 from genserve_backend.flux.decode import Decoder
 from genserve_backend.flux.image import Image
 from genserve_backend.flux.preview import Previewer
-from genserve_backend.worker.engine import Emit, Pulse
+from genserve_backend.worker.engine import PROGRESS_S, Emit, Pulse
 from genserve_backend.worker.messages import Beat
+from genserve_backend.worker.threads import start_thread
 
-PROGRESS_S = 0.5
-"""Seconds between two reports of an image's progress."""
 STAGES = ("encode_seconds", "denoise_seconds")
 PREVIEW_S = 1.0
 """Seconds between two previews of an image."""
@@ -41,14 +39,14 @@ class Reporter:
         self._previewer = previewer
         self._decoder = decoder
         self._device = device
-        self.pulse = Pulse(emit, self._beat)
+        self._pulse = Pulse(emit, self._beat)
         self._counts: Counter[str] = Counter()
         self._seconds = dict.fromkeys(STAGES, 0.0)
         self._batch_sizes: list[int] = []
         self._running = self._waiting = 0
         self._previewed = 0.0
         self._previews: SimpleQueue[list[tuple[Image, int, torch.Tensor]]] = SimpleQueue()
-        threading.Thread(target=self._preview, name="preview", daemon=True).start()
+        start_thread(self._preview, name="preview")
 
     def stepped(self, images: int, seconds: float) -> None:
         """A forward for `images` images took `seconds`."""
@@ -78,6 +76,7 @@ class Reporter:
             self._previews.put(
                 [(image, image.step, estimate) for image in running if (estimate := _estimate(image)) is not None]
             )
+        self._pulse.beat()
 
     def _preview(self) -> None:
         step_aside()
@@ -104,7 +103,7 @@ class Reporter:
             "decoding": self._decoder.pending,
             "device_memory_bytes": memory_bytes(self._device),
         }
-        return Beat(gauges, counts, sizes)
+        return Beat(gauges, counts, sizes, stalled_s=self._decoder.busy_s())
 
 
 def _estimate(image: Image) -> torch.Tensor | None:

@@ -72,10 +72,12 @@ class FluxResult:
 
     image: bytes
     queue_s: float
+    """From its arrival at the instance to the encoding of its prompt."""
     encode_s: float
     denoise_s: float
     decode_s: float
     elapsed_time: float
+    """From its arrival at the instance to its answer."""
     mean_batch_size: float
     dtype: str
 

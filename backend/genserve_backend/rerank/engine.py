@@ -106,7 +106,7 @@ class RerankEngine:
         for ranking in list(self._rankings.values()):
             if ranking.is_scored:
                 self._finish(ranking)
-        self._reporter.report(self._rankings.values())
+        self._reporter.report(self._rankings.values(), stalled_s=self._reader.busy.seconds)
 
     # What a turn is made of.
 
@@ -136,6 +136,7 @@ class RerankEngine:
         """Some of a request's scores need no forward."""
         ranking = known.ranking
         ranking.keys, ranking.known = known.keys, known.scores
+        ranking.documents_done += len(known.scores)
         ranking.unread -= sum(len(ranking.request.documents[number]) for number in known.scores)
         self._reporter.known(len(known.scores))
 
@@ -167,7 +168,7 @@ class RerankEngine:
             prefix_tokens=self._scorer.prefix_tokens_read - before,
         )
         for piece, row in rows.items():
-            piece.ranking.rows[piece.number] = row
+            piece.ranking.keep(piece, row)
         for piece, error in failed.items():
             self._fail(piece.ranking, error)
 
@@ -190,7 +191,7 @@ class RerankEngine:
             tokens=sum(len(sequence.ids) for sequence in ranking.sequences),
             truncated=[number for number in range(len(scores)) if scores[number].truncated],
             queue_s=started - job.arrived,
-            elapsed_time=now - started,
+            elapsed_time=now - job.arrived,
         )
         self._emit(Done(job.submit.job, result))
 

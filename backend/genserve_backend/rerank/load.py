@@ -10,7 +10,7 @@ from genserve_backend.logs import log
 from genserve_backend.rerank.checkpoint import RerankCheckpoint
 from genserve_backend.rerank.engine import RerankEngine
 from genserve_backend.rerank.report import Reporter
-from genserve_backend.rerank.score_cache import ScoreCache, revision_of
+from genserve_backend.rerank.score_cache import ScoreCache
 from genserve_backend.rerank.scorers import load_scorer
 from genserve_backend.settings import RerankSettings
 from genserve_backend.worker.engine import Emit, Engine
@@ -42,7 +42,7 @@ def assemble(checkpoint: RerankCheckpoint, settings: RerankSettings, device: str
     )
     return RerankEngine(
         scorer=scorer,
-        known=ScoreCache(max_bytes=settings.score_cache_bytes, revision=revision_of(checkpoint.path)),
+        known=ScoreCache(max_bytes=settings.score_cache_bytes),
         reporter=Reporter(device=torch.device(device), emit=emit),
         settings=settings,
         emit=emit,

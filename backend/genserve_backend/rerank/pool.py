@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
@@ -48,6 +48,12 @@ class Ranking:
     """Scores by document that need no forward."""
     is_read: bool = False
     """Whether there are no more sequences to come."""
+    windows_left: Counter[int] = field(default_factory=Counter)
+    """Sequences without a row, by document."""
+    documents_done: int = 0
+    """Documents whose score needs no further forward."""
+    documents_reported: int = -1
+    """The progress that was sent last; -1 before the first."""
     query_truncated: bool = False
     started: float | None = None
     """When its first forward began."""
@@ -59,6 +65,16 @@ class Ranking:
             self.waiting.append(Piece(self, len(self.sequences), sequence))
             self.sequences.append(sequence)
             self.rows.append(None)
+            if sequence.document is not None:
+                self.windows_left[sequence.document] += 1
+
+    def keep(self, piece: Piece, row: torch.Tensor) -> None:
+        """Take over the row of a sequence."""
+        self.rows[piece.number] = row
+        document = piece.sequence.document
+        if document is not None:
+            self.windows_left[document] -= 1
+            self.documents_done += not self.windows_left[document]
 
     @property
     def tokens_left(self) -> float:

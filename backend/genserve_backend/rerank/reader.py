@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from genserve_backend.rerank.score_cache import Score, ScoreCache
 from genserve_backend.rerank.scorers.base import Scorer, Slice
 from genserve_backend.rerank.scorers.layouts import TokenSequence
 from genserve_backend.worker.engine import defect
+from genserve_backend.worker.threads import Busy, start_thread
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,9 @@ class Reader:
         self._put = put
         self._inbox: SimpleQueue[Ranking] = SimpleQueue()
         self._open: list[_Open] = []
-        threading.Thread(target=self._run, name="read", daemon=True).start()
+        self.busy = Busy()
+        """Entered for each slice."""
+        start_thread(self._run, name="read")
 
     def submit(self, ranking: Ranking) -> None:
         """Read a request, unless it ends before its turn comes."""
@@ -77,7 +79,9 @@ class Reader:
             self._hear()
             now = time.monotonic()
             turn = min(self._open, key=lambda each: each.ranking.urgency(now))
-            self._put(self._read(turn))
+            with self.busy:
+                read = self._read(turn)
+            self._put(read)
 
     def _hear(self) -> None:
         """Take the requests that came; wait for one where there is nothing else to do."""
@@ -90,8 +94,9 @@ class Reader:
     def _begin(self, ranking: Ranking) -> None:
         """Say what is known of a request, and take up the rest."""
         try:
-            keys = self._known.keys(ranking.request)
-            scores = self._known.get(keys)
+            with self.busy:
+                keys = self._known.keys(ranking.request)
+                scores = self._known.get(keys)
         except Exception as error:
             self._put(_failed(ranking, error))
             return

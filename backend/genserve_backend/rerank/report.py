@@ -10,11 +10,8 @@ import torch
 
 from genserve_backend.devices import memory_bytes
 from genserve_backend.rerank.pool import Piece, Ranking
-from genserve_backend.worker.engine import Emit, Pulse
+from genserve_backend.worker.engine import PROGRESS_S, Emit, Pulse
 from genserve_backend.worker.messages import Beat
-
-PROGRESS_S = 0.5
-"""Seconds between two reports of a request's progress."""
 
 
 class Reporter:
@@ -32,7 +29,7 @@ class Reporter:
         self._forward_s = self._queue_s = 0.0
         self._batch_tokens: list[int] = []
         self._running = self._waiting = 0
-        self._reported = 0.0
+        self._stalled_s = self._reported = 0.0
 
     def known(self, pairs: int) -> None:
         """So many pairs need no forward."""
@@ -54,16 +51,23 @@ class Reporter:
         self._forward_s += seconds
         self._batch_tokens.append(tokens)
 
-    def report(self, rankings: Collection[Ranking]) -> None:
-        """Call it after every forward."""
+    def report(self, rankings: Collection[Ranking], *, stalled_s: float) -> None:
+        """Report progress where it is due; call it after every forward.
+
+        Args:
+            rankings: All requests.
+            stalled_s: Seconds that the tokenizing thread has spent on its current slice.
+        """
+        self._stalled_s = stalled_s
         self._running = sum(ranking.started is not None for ranking in rankings)
         self._waiting = len(rankings) - self._running
         now = time.monotonic()
         if now - self._reported >= PROGRESS_S:
             self._reported = now
             for ranking in rankings:
-                if done := sum(row is not None for row in ranking.rows):
-                    ranking.job.progress(min(done, len(ranking.request.documents)), len(ranking.request.documents))
+                if ranking.started is not None and ranking.documents_done > ranking.documents_reported:
+                    ranking.documents_reported = ranking.documents_done
+                    ranking.job.progress(ranking.documents_done, len(ranking.request.documents))
         self._pulse.beat()
 
     def _beat(self) -> Beat:
@@ -77,4 +81,4 @@ class Reporter:
             "waiting": self._waiting,
             "device_memory_bytes": memory_bytes(self._device),
         }
-        return Beat(gauges, counts, sizes)
+        return Beat(gauges, counts, sizes, self._stalled_s)

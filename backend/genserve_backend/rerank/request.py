@@ -45,9 +45,9 @@ class RerankResult:
     truncated: list[int]
     """Ascending indices of the documents that were cut to the length limit."""
     queue_s: float
-    """Seconds that the request waited in the worker."""
+    """Seconds from its arrival at the instance to its first forward."""
     elapsed_time: float
-    """Seconds that the worker spent on the request."""
+    """Seconds from its arrival at the instance to its answer."""
 
 
 def validate(request: RerankRequest) -> None:

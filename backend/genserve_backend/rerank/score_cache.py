@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
 
@@ -30,11 +29,9 @@ class ScoreCache:
 
     Args:
         max_bytes: Memory for them, at most; the least recently used go first. 0 keeps none.
-        revision: Names the model and its weights.
     """
 
-    def __init__(self, *, max_bytes: int, revision: str) -> None:
-        self._revision = revision
+    def __init__(self, *, max_bytes: int) -> None:
         self._scores: LRUCache[bytes, Score] = LRUCache(max_bytes // BYTES_PER_SCORE)
         self._lock = Lock()
 
@@ -42,7 +39,7 @@ class ScoreCache:
         """A key for each document; none where nothing is kept."""
         if not self._scores.maxsize:
             return []
-        start = _hash((self._revision, str(request.windows), request.instruction or "", request.query))
+        start = _hash((str(request.windows), request.instruction or "", request.query))
         keys = []
         for document in request.documents:
             pair = start.copy()
@@ -62,12 +59,6 @@ class ScoreCache:
 
     def __len__(self) -> int:
         return len(self._scores)
-
-
-def revision_of(path: Path) -> str:
-    """Names the weights in a folder by their files' sizes and times: reading them all would take minutes."""
-    files = sorted(path.glob("*.safetensors"))
-    return "|".join(f"{file}:{file.stat().st_size}:{file.stat().st_mtime_ns}" for file in files)
 
 
 def _hash(texts: Iterable[str]) -> hashlib.blake2b:

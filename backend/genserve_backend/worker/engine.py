@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import Empty, SimpleQueue
 from typing import Generic, Protocol, TypeVar
 
@@ -14,6 +14,8 @@ from genserve_backend.worker.messages import Beat, Event, Progress, Submit
 
 BEAT_S = 1.0
 """Seconds between two signs of life."""
+PROGRESS_S = 0.1
+"""Seconds between two reports of a request's progress, at least."""
 
 Emit = Callable[[Event], None]
 Message = TypeVar("Message")
@@ -25,8 +27,9 @@ class Engine(Protocol):
     """A loaded model that works on requests.
 
     ``submit`` and ``cancel`` are called by the thread that listens to the instance, ``run`` by the main thread, which
-    owns the device. Every job ends with one Done or Failed. The engine is given requests only as it emits Grants, but
-    for those that a dead worker left: they come without. It emits a Beat every `BEAT_S` seconds as long as it gets on.
+    owns the device. Every job ends with one Done or Failed. Grants say when the instance may fetch from Triton's queue,
+    not how much: a batch of Triton's may hold more requests than were granted, and those that a dead worker left come
+    without a grant. The engine emits a Beat every `BEAT_S` seconds as long as it gets on.
     """
 
     def submit(self, submit: Submit) -> None:
@@ -86,13 +89,12 @@ class Job:
 
     submit: Submit
     emit: Emit
-    arrived: float = field(default_factory=time.monotonic)
     cancelled: bool = False
 
     @property
-    def waited_s(self) -> float:
-        """Seconds since the job reached the worker."""
-        return time.monotonic() - self.arrived
+    def arrived(self) -> float:
+        """Arrival at the instance, on the clock of time.monotonic()."""
+        return self.submit.arrived
 
     def end(self) -> RequestError | None:
         """Cancelled or DeadlineExceeded when the job should not go on. Cheap: look at every step."""

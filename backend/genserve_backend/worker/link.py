@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import threading
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 from genserve_backend.worker.messages import Cancel, Event, Start, Submit
+from genserve_backend.worker.threads import start_thread
 
 WORKER_PATH_ENV = "GENSERVE_WORKER_PYTHONPATH"
 """Where workers import from, where that is not what Triton's stub imports from."""
@@ -33,6 +35,9 @@ demo's FLUX, batch of 8. 32 MiB is the most that glibc takes.
 """
 
 
+logger = logging.getLogger(__name__)
+
+
 class WorkerGone(Exception):
     """The worker has died, or closed its end."""
 
@@ -40,11 +45,12 @@ class WorkerGone(Exception):
 class WorkerLink:
     """A running worker process and the socket to it.
 
-    `send` never blocks: a thread of its own writes, so that a worker which has stopped reading holds up nobody.
+    One thread writes and one reads, so neither `send` nor `receive` waits for a worker that stops in the middle of a
+    message.
     """
 
     def __init__(self, start: Start) -> None:
-        ours, theirs = socket.socketpair()
+        self._socket, theirs = socket.socketpair()
         with theirs:
             # Spawned, never forked: a fork would inherit Triton's threads and locks, and CUDA forbids it.
             self._process = subprocess.Popen(
@@ -53,10 +59,13 @@ class WorkerLink:
                 stdin=subprocess.DEVNULL,
                 env=worker_environment(),
             )
-        self._connection = Connection(ours.detach())
+        self._connection = Connection(os.dup(self._socket.fileno()))
         self._outbox: SimpleQueue[Start | Submit | Cancel | None] = SimpleQueue()
-        self._writer = threading.Thread(target=self._write, name="worker-writer", daemon=True)
-        self._writer.start()
+        self._inbox: SimpleQueue[Event | None] = SimpleQueue()
+        self._threads = [
+            start_thread(self._write, name="worker-writer"),
+            start_thread(self._read, name="worker-reader"),
+        ]
         self.send(start)
 
     @property
@@ -74,22 +83,47 @@ class WorkerLink:
         Raises:
             WorkerGone: There will never be another one.
         """
-        if not wait([self._connection], timeout=timeout):
-            return None
         try:
-            event: Event = self._connection.recv()
-        except (EOFError, OSError):
-            raise WorkerGone from None
+            event = self._inbox.get(timeout=timeout)
+        except Empty:
+            return None
+        if event is None:
+            self._inbox.put(None)  # for the next call
+            raise WorkerGone
         return event
 
+    @property
+    def is_stopped(self) -> bool:
+        """Whether the worker has been stopped by a signal."""
+        try:
+            state = Path(f"/proc/{self.pid}/stat").read_text(encoding="ascii", errors="replace")
+        except OSError:
+            return False
+        return state.rpartition(")")[2].split()[0] == "T"  # proc(5)
+
     def end(self) -> str:
-        """Kill the worker if it still runs, and say how it ended."""
+        """Kill the worker if it still runs, and return how it ended."""
         self._process.kill()
         code = self._process.wait()
         self._outbox.put(None)
-        self._writer.join()
+        # Not merely closed: a child of the worker may hold the other end open.
+        self._socket.shutdown(socket.SHUT_RDWR)
+        for thread in self._threads:
+            thread.join()
         self._connection.close()
-        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        self._socket.close()
+        return exit_reason(code)
+
+    def _read(self) -> None:
+        try:
+            while True:
+                self._inbox.put(self._connection.recv())
+        except (EOFError, OSError):
+            pass
+        except Exception:
+            logger.exception("message from the worker not understood", extra={"fields": {"worker": self.pid}})
+        finally:
+            self._inbox.put(None)
 
     def _write(self) -> None:
         while (message := self._outbox.get()) is not None:
@@ -99,11 +133,28 @@ class WorkerLink:
                 return
 
 
+def exit_reason(code: int) -> str:
+    """Return how a process ended, from subprocess's return code."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"signal {signal.Signals(-code).name}"
+    except ValueError:  # the real-time signals between the first and the last have no names
+        return f"signal {-code}"
+
+
 def python_executable() -> str:
-    """The interpreter for the worker: the running one, which inside Triton's stub is found by PATH."""
+    """Return the interpreter for the worker: the running one, which inside Triton's stub is found by PATH.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
     versioned = f"python{sys.version_info.major}.{sys.version_info.minor}"
     candidates = [sys.executable, shutil.which(versioned), shutil.which("python3")]
-    return next(path for path in candidates if path and Path(path).name.startswith("python"))
+    found = next((path for path in candidates if path and Path(path).name.startswith("python")), None)
+    if found is None:
+        raise FileNotFoundError(errno.ENOENT, f"no {versioned} on PATH")
+    return found
 
 
 def worker_environment() -> dict[str, str]:

@@ -6,6 +6,7 @@ and nothing that a client sent is unpickled (a request travels as plain strings 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -40,6 +41,8 @@ class Submit:
     """On the clock of time.monotonic(), which all processes of a machine share on Linux."""
     level: int = DEFAULT_LEVEL
     """Triton's priority level: 1 is the most urgent."""
+    arrived: float = field(default_factory=time.monotonic)
+    """Arrival at the instance, on the same clock as `deadline`; a request that runs again keeps it."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class Beat:
     """What has been added since the last beat, by metric name."""
     batch_sizes: tuple[int, ...] = ()
     """Of the forwards since the last beat."""
+    stalled_s: float = 0.0
+    """Seconds that a thread beside that one has spent on one piece of work."""
 
 
 @dataclass(frozen=True)

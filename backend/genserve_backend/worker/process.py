@@ -20,6 +20,7 @@ from genserve_backend.checkpoints import CheckpointError
 from genserve_backend.settings import ModelSettings, SettingsError
 from genserve_backend.worker.engine import Emit, Engine
 from genserve_backend.worker.messages import Cancel, Event, NotReady, Ready, Start, Submit
+from genserve_backend.worker.threads import exit_on_failure, start_thread
 
 PR_SET_PDEATHSIG = 1  # prctl(2)
 VISIBLE_GPUS_ENV = "CUDA_VISIBLE_DEVICES"
@@ -104,9 +105,9 @@ def main(fd: int, parent_pid: int) -> None:
         except (EOFError, OSError):
             os._exit(0)  # the instance is gone: whatever is running has nobody to answer to
 
-    threading.Thread(target=listen, name="listen", daemon=True).start()
+    start_thread(listen, name="listen")
     emit(Ready())
-    engine.run()
+    exit_on_failure(engine.run)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ import logging
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from genserve_backend.errors import Cancelled, DeadlineExceeded, RequestError, ServerError
+from genserve_backend.errors import Cancelled, DeadlineExceeded, RequestError, ServerError, ServerUnavailable
 from genserve_backend.logs import log
 from genserve_backend.worker.link import WorkerGone, WorkerLink
 from genserve_backend.worker.messages import (
@@ -30,6 +30,7 @@ from genserve_backend.worker.messages import (
     Start,
     Submit,
 )
+from genserve_backend.worker.threads import exit_on_failure
 
 POLL_S = 0.05
 """How often cancellations and deadlines are looked at."""
@@ -40,7 +41,7 @@ RESTART_BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
 DEADLINE_GRACE_S = 2.0
 """A worker enforces deadlines at its steps; this much later the supervisor answers in its place."""
 
-SHUTTING_DOWN = Failed(-1, Cancelled("the server is shutting down"))
+SHUTTING_DOWN = Failed(-1, ServerUnavailable("the server is shutting down"))
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +99,7 @@ class _Entry:
     request: Any
     deadline: float
     level: int
+    arrived: float = field(default_factory=time.monotonic)
     deaths: int = 0
     cancel_sent: bool = False
 
@@ -127,7 +129,7 @@ class Supervisor:
         self._start_error: str | None = None
         self._closing = False
         self._callers_seen = 0.0
-        self._thread = threading.Thread(target=self._watch, name="supervisor", daemon=True)
+        self._thread = threading.Thread(target=exit_on_failure, args=(self._watch,), name="supervisor", daemon=True)
 
     def start(self) -> None:
         """Start the first worker and wait until it has loaded its model.
@@ -170,7 +172,7 @@ class Supervisor:
         return self._closing
 
     def close(self) -> None:
-        """End the worker and the watching thread; what is still in flight is answered with Cancelled."""
+        """End the worker and the watching thread; answer what is still in flight with ServerUnavailable."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -205,6 +207,9 @@ class Supervisor:
             link = WorkerLink(self._start)
         except OSError as error:
             return f"cannot start a process: {error.strerror}", False
+        except Exception as error:
+            logger.exception("worker not started", extra={"fields": {"instance": self._start.instance}})
+            return f"cannot start a process: {type(error).__name__}", False
         with self._changed:
             self._link = link
         self._log(logging.INFO, "worker started", worker=link.pid)
@@ -226,7 +231,7 @@ class Supervisor:
         """Hear the worker and its callers until it is gone; return the reason, where it gave one."""
         settings = self._start.settings
         reason = ""
-        heard = time.monotonic()
+        heard = moved = time.monotonic()
         while not self._closing:
             try:
                 event = link.receive(timeout=POLL_S)
@@ -236,11 +241,18 @@ class Supervisor:
             if isinstance(event, NotReady):
                 reason = event.reason
             elif event is not None:
-                heard = now
+                if isinstance(event, Beat):
+                    heard = now - event.stalled_s
+                elif isinstance(event, Ready):
+                    heard = now
                 self._take(event)
-            elif not self._ready and now > heard + settings.start_timeout_s:
+            if not self._ready and now > heard + settings.start_timeout_s:
                 return f"the model was not loaded within {settings.start_timeout_s:g} s"
-            elif self._ready and now > heard + settings.hang_timeout_s:
+            # It does not beat while it loads, and a large model takes its time.
+            moved = moved if not self._ready and link.is_stopped else now
+            if now > moved + settings.hang_timeout_s:
+                return f"stopped for {settings.hang_timeout_s:g} s while it loaded the model"
+            if self._ready and now > heard + settings.hang_timeout_s:
                 return f"no sign of life for {settings.hang_timeout_s:g} s"
             if now >= self._callers_seen + POLL_S:
                 self._callers_seen = now
@@ -338,7 +350,7 @@ class Supervisor:
             error = ServerError(f"the worker died {MAX_DEATHS} times while it ran this request")
             self._answer(entry, Failed(entry.job, error))
         if loading:
-            self._answer_all(Failed(-1, ServerError(f"the worker cannot start: {cause}")))
+            self._answer_all(Failed(-1, ServerUnavailable(f"the worker cannot start: {cause}")))
 
     def _answer_all(self, event: Failed) -> None:
         with self._changed:
@@ -359,7 +371,9 @@ class Supervisor:
             entry = self._queue.popleft()
             self._sent[entry.job] = entry
             self._granted -= 1
-            self._link.send(Submit(entry.job, entry.task.task_id, entry.request, entry.deadline, entry.level))
+            self._link.send(
+                Submit(entry.job, entry.task.task_id, entry.request, entry.deadline, entry.level, entry.arrived)
+            )
 
     def _cancel(self, entry: _Entry) -> None:
         if self._link:

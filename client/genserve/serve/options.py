@@ -43,8 +43,14 @@ class ServeOptions:
 
     @property
     def local_host(self) -> str:
-        """An address that reaches the server from this machine."""
-        return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.host, self.host)  # noqa: S104
+        """An address that reaches the server from this machine, as it stands in a URL."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104
+        return f"[{host}]" if self.is_ipv6 else host
+
+    @property
+    def is_ipv6(self) -> bool:
+        """Whether the host is a literal IPv6 address."""
+        return ":" in self.host
 
     @property
     def addresses(self) -> dict[str, str]:

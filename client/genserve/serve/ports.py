@@ -12,7 +12,7 @@ def check_ports(options: ServeOptions) -> None:
     flags = ("--http-port", "--grpc-port", "--metrics-port")
     if len(set(options.ports)) < len(options.ports):
         raise ServeError(f"HTTP, gRPC and metrics need three different ports, not {options.ports} (see {flags[0]})")
-    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    family = socket.AF_INET6 if options.is_ipv6 else socket.AF_INET
     for port, flag in zip(options.ports, flags, strict=True):
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

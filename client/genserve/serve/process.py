@@ -25,6 +25,9 @@ SHM_FOLDER = Path("/dev/shm")  # noqa: S108  # this is where Triton's Python bac
 SHM_PREFIX = "genserve"
 MODEL_PATH_ENVS = ("FLUX_MODEL_PATH", "RERANK_MODEL_PATH")
 POLL_S = 0.2
+INDEX_TIMEOUT_S = 5.0
+PROBE_TIMEOUT_S = 1.0
+"""Of the health endpoint; the end of the server waits for a probe under way."""
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -57,6 +60,7 @@ class TritonProcess:
             preexec_fn=_end_with_parent,  # noqa: PLW1509  # safe: this process has one thread
         )
         self._stubs: list[psutil.Process] = []
+        self._was_ready = False
 
     @property
     def pid(self) -> int:
@@ -81,17 +85,21 @@ class TritonProcess:
             if model.get("state") == "UNAVAILABLE":
                 raise ServeError(_one_line(model.get("reason", "")) or f"model {model['name']} failed to load")
         self._stubs = [child for child in psutil.Process(self.pid).children() if STUB.startswith(child.name())]
-        return bool(index) and all(model.get("state") == "READY" for model in index)
+        self._was_ready = bool(index) and all(model.get("state") == "READY" for model in index)
+        return self._was_ready
 
     def _repository_index(self) -> list[dict[str, str]]:
         """Triton's list of models with their states; empty while it does not listen, as it loads its models first."""
         try:
-            # Closed at once: Triton waits for open connections when it is told to stop.
-            with urllib3.PoolManager(retries=False, timeout=5.0) as http:
-                answer = http.request("POST", f"{self._options.addresses['http']}/v2/repository/index")
-                return list(answer.json()) if answer.status == HTTPStatus.OK else []
+            answer = self._ask("POST", "/v2/repository/index", timeout_s=INDEX_TIMEOUT_S)
+            return list(answer.json()) if answer.status == HTTPStatus.OK else []
         except (urllib3.exceptions.HTTPError, ValueError):
             return []
+
+    def _ask(self, method: str, path: str, *, timeout_s: float) -> urllib3.BaseHTTPResponse:
+        # Closed at once: Triton waits for open connections when it is told to stop.
+        with urllib3.PoolManager(retries=False, timeout=timeout_s) as http:
+            return http.request(method, self._options.addresses["http"] + path)
 
     def what_died(self) -> str | None:
         """Names the first part of the server that is gone, or None while all is well."""
@@ -105,6 +113,21 @@ class TritonProcess:
             if not alive:
                 return f"stub {stub.pid} died"
         return None
+
+    def stopped_parts(self) -> list[str]:
+        """Name what runs but does not move: stopped processes, and a server that was ready and no longer answers."""
+        parts = [f"stub {stub.pid}" for stub in self._stubs if _is_stopped(stub.pid)]
+        if _is_stopped(self.pid) or not self._is_live():
+            parts.append("tritonserver")
+        return parts
+
+    def _is_live(self) -> bool:
+        if not self._was_ready:
+            return True  # it listens when it has loaded its models
+        try:
+            return self._ask("GET", "/v2/health/live", timeout_s=PROBE_TIMEOUT_S).status == HTTPStatus.OK
+        except urllib3.exceptions.HTTPError:
+            return False
 
     def stop(self, drain_s: float) -> None:
         """Let requests in flight finish for at most `drain_s`, then end every process and remove every segment."""
@@ -133,6 +156,14 @@ class TritonProcess:
             with contextlib.suppress(psutil.NoSuchProcess):
                 family.update(psutil.Process(pid).children(recursive=True))
         return family
+
+
+def _is_stopped(pid: int) -> bool:
+    """Whether a process has been stopped by a signal."""
+    try:
+        return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _end_with_parent() -> None:

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,14 @@ from genserve.serve.options import ServeError, ServeOptions
 from genserve_backend.checkpoints import CheckpointError
 from genserve_backend.flux.checkpoint import FluxCheckpoint
 from genserve_backend.rerank.checkpoint import RerankCheckpoint
-from genserve_backend.settings import FluxSettings, ModelSettings, RerankSettings, SettingsError, load
+from genserve_backend.settings import (
+    HANG_TIMEOUT_S,
+    FluxSettings,
+    ModelSettings,
+    RerankSettings,
+    SettingsError,
+    load,
+)
 
 CHECKPOINTS: dict[str, tuple[type[ModelSettings], Callable[[Path], object]]] = {
     "flux": (FluxSettings, FluxCheckpoint.read),
@@ -33,18 +41,29 @@ GPU_ENV = {"flux": "FLUX_GPUS", "rerank": "RERANK_GPUS"}
 INSTANCE_ENV = {"flux": "FLUX_WORKERS", "rerank": "WORKERS"}
 
 
-def render(options: ServeOptions, target: Path, environ: Mapping[str, str] = os.environ) -> list[str]:
-    """Write the repository to serve into `target`, and return its models.
+@dataclass(frozen=True)
+class Rendered:
+    """A repository that is ready to be served."""
+
+    models: tuple[str, ...]
+    hang_timeout_s: float
+    """The longest of its models': seconds that a part of the server may give no sign of life."""
+
+
+def render(options: ServeOptions, target: Path, environ: Mapping[str, str] = os.environ) -> Rendered:
+    """Write the repository to serve into `target`.
 
     Raises:
         ServeError: The repository, a setting or a checkpoint is not usable.
     """
     names = _chosen(options)
+    timeouts = []
     for name in names:
         source = options.repository / name
         config = _read(source / "config.pbtxt")
         if name in CHECKPOINTS:
             settings = _check(name, config, options.repository, environ)
+            timeouts.append(settings.hang_timeout_s)
             _place(name, config, options, environ, settings)
             _limit(config, settings, environ)
         folder = target / name
@@ -53,7 +72,7 @@ def render(options: ServeOptions, target: Path, environ: Mapping[str, str] = os.
         for item in source.iterdir():
             if item.name != "config.pbtxt":
                 (folder / item.name).symlink_to(item.resolve())
-    return names
+    return Rendered(tuple(names), hang_timeout_s=max(timeouts, default=HANG_TIMEOUT_S))
 
 
 def _chosen(options: ServeOptions) -> list[str]:

@@ -19,6 +19,7 @@ from genserve.serve.process import POLL_S, TritonProcess
 from genserve.serve.repository import render
 from genserve.serve.state import ServerState
 from genserve.serve.triton import Triton, find_triton
+from genserve.serve.watch import Watch
 from genserve_backend import logs
 from genserve_backend.logs import log
 
@@ -102,18 +103,20 @@ class Server:
     def _serve_once(self, triton: Triton) -> str | None:
         """Run one tritonserver until it is told to stop, or something of it dies; then say what."""
         self._clean()
-        models = render(self._options, self._state.repository)
+        rendered = render(self._options, self._state.repository)
         process = TritonProcess(triton, self._options, repository=self._state.repository, board=self._state.board)
-        drain_s = float(self._options.exit_timeout_s)
+        watch = Watch(process, hang_timeout_s=rendered.hang_timeout_s)
+        drain_s = 0.0  # before it is ready it has no requests
         try:
             started = time.monotonic()
-            self._wait_ready(process)
+            self._wait_ready(process, watch)
             if self._is_stopping:
                 return None
             self._state.write(self._options, ready=True)
-            log(logger, logging.INFO, "ready", models=",".join(models), seconds=time.monotonic() - started)
+            log(logger, logging.INFO, "ready", models=",".join(rendered.models), seconds=time.monotonic() - started)
             self._on_ready()
-            cause = self._watch(process)
+            drain_s = float(self._options.exit_timeout_s)
+            cause = self._watch(watch)
             if cause:
                 self._state.write(self._options, ready=False)
                 drain_s = LOSS_DRAIN_S
@@ -123,17 +126,19 @@ class Server:
                 log(logger, logging.INFO, "stopping", signal=signal.Signals(self._stop_signal).name)
             process.stop(drain_s)
 
-    def _wait_ready(self, process: TritonProcess) -> None:
+    def _wait_ready(self, process: TritonProcess, watch: Watch) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
         while not self._is_stopping and not process.poll_ready():
+            if hanging := watch.what_hangs():
+                raise ServeError(hanging)
             if time.monotonic() > deadline:
                 raise ServeError(f"the server was not ready within {START_TIMEOUT_S:g} s; its log says why")
             self._pause(POLL_S)
 
-    def _watch(self, process: TritonProcess) -> str | None:
-        """Wait until something dies, and name it; None when the server was told to stop."""
+    def _watch(self, watch: Watch) -> str | None:
+        """Wait until something dies or hangs, and name it; None when the server was told to stop."""
         while not self._pause(POLL_S):
-            cause = process.what_died()
+            cause = watch.cause()
             if cause:
                 return cause
         return None

@@ -33,14 +33,17 @@ class Triton:
     def command(self, options: ServeOptions, *, repository: Path, shm_prefix: str) -> list[str]:
         """The whole command line."""
         info = "true" if options.verbose else "false"
+        # An IPv6 address is written in libevent's way for HTTP, and in a URL's way for gRPC.
+        http_host = f"ipv6:{options.host}" if options.is_ipv6 else options.host
+        grpc_host = f"[{options.host}]" if options.is_ipv6 else options.host
         return [
             str(self.binary),
             f"--model-repository={repository}",
-            f"--http-address={options.host}",
+            f"--http-address={http_host}",
             f"--http-port={options.http_port}",
-            f"--grpc-address={options.host}",
+            f"--grpc-address={grpc_host}",
             f"--grpc-port={options.grpc_port}",
-            f"--metrics-address={options.host}",
+            f"--metrics-address={http_host}",
             f"--metrics-port={options.metrics_port}",
             "--model-control-mode=none",
             "--disable-auto-complete-config",

@@ -98,8 +98,6 @@ class TorchScorer(Scorer):
         CheckpointError: The folder cannot be loaded, or `max_length` leaves no room for a text.
     """
 
-    leading: ClassVar[int] = 0
-    """Sequences of a request that stand before its documents'."""
     causal: ClassVar[bool] = False
     """Whether no token looks at those behind it."""
     model_class: ClassVar[Any]

@@ -27,7 +27,6 @@ class BiEncoder(TorchScorer):
     checkpoint's.
     """
 
-    leading: ClassVar[int] = 1
     model_class: ClassVar[Any] = AutoModel
     # The pooler is a head of BERT's pretraining, which no sentence embedding reads and many folders leave out.
     unused_weights: ClassVar[str] = "pooler"
@@ -50,13 +49,14 @@ class BiEncoder(TorchScorer):
         query = self._sentence.query_prompt + request.query
         documents = (self._sentence.document_prompt + document for document in request.documents)
         texts = (text.lower() if self._sentence.lowercase else text for text in chain([query], documents))
-        for first, ids, characters in token_ids(self.tokenizer, texts):
+        for first, ids, _ in token_ids(self.tokenizer, texts):
             sequences = [
                 self._template.around(part, document=number - 1 if number else None, truncated=truncated)
                 for number, each in enumerate(ids, first)
                 for part, truncated in windows(each, self._room, at_most=request.windows if number else 1)
             ]
-            yield Slice(sequences, characters, query_truncated=not first and sequences[0].truncated)
+            read = request.documents[max(first - 1, 0) : first - 1 + len(ids)]
+            yield Slice(sequences, sum(map(len, read)), query_truncated=not first and sequences[0].truncated)
 
     def rows(self, layout: Layout, inputs: dict[str, Any]) -> torch.Tensor:
         """Embeddings: float32 [sequences, hidden]."""

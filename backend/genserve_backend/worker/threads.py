@@ -1,0 +1,60 @@
+"""Threads that others wait for: one that fails ends its process, whose watcher then replaces it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from types import TracebackType
+
+EXIT_CODE = 70
+"""EX_SOFTWARE of sysexits.h."""
+
+logger = logging.getLogger(__name__)
+
+
+def start_thread(target: Callable[[], None], *, name: str) -> threading.Thread:
+    """Start a daemon thread that ends the process if `target` raises.
+
+    A thread that died quietly would leave its requests waiting for ever. The end of the process is noticed: the
+    supervisor replaces a worker, and `genserve serve` a server that lost a stub.
+    """
+    thread = threading.Thread(target=exit_on_failure, args=(target,), name=name, daemon=True)
+    thread.start()
+    return thread
+
+
+def exit_on_failure(target: Callable[[], None]) -> None:
+    """Run `target`; log whatever it raises as critical and end the process.
+
+    Anything counts, also what is no Exception: a panic of a Rust extension is a BaseException.
+    """
+    try:
+        target()
+    except BaseException:
+        name = threading.current_thread().name
+        logger.critical("thread failed, ending the process", exc_info=True, extra={"fields": {"thread": name}})
+        os._exit(EXIT_CODE)
+
+
+class Busy:
+    """Context manager that tells other threads for how long its block has been running."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def __enter__(self) -> None:
+        self._since = time.monotonic()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._since = None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the block was entered; 0 outside of it."""
+        since = self._since
+        return 0.0 if since is None else time.monotonic() - since
