@@ -89,7 +89,7 @@ def test_the_answer_says_where_the_time_went(engine: EngineRun) -> None:
 
 def test_progress_is_told_now_and_then(engine: EngineRun, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report_module, "PROGRESS_S", 3600.0)
-    monkeypatch.setattr(report_module, "PREVIEW_S", 3600.0)
+    monkeypatch.setattr(engine.engine._reporter, "_preview_s", 3600.0)
     quiet = engine.submit(engine.parse(STEPS=5, **SMALL))
     engine.answer(quiet)
     assert [event.step for event in engine.progress[quiet]] == [0]
@@ -100,7 +100,8 @@ def test_progress_is_told_now_and_then(engine: EngineRun, monkeypatch: pytest.Mo
 
 
 def test_previews_are_small_jpegs(engine: EngineRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report_module, "PREVIEW_S", 0.0)
+    monkeypatch.setattr(report_module, "MAX_PREVIEW_S", 0.0)
+    monkeypatch.setattr(engine.engine._reporter, "_preview_s", 0.0)
     job = engine.submit(engine.parse(STEPS=12, HEIGHT=128, WIDTH=256))
     engine.answer(job)
     previews = [event.preview for event in engine.progress[job] if event.preview]

@@ -19,8 +19,10 @@ from genserve_backend.worker.messages import Beat
 from genserve_backend.worker.threads import start_thread
 
 STAGES = ("encode_seconds", "denoise_seconds")
-PREVIEW_S = 1.0
+MIN_PREVIEW_S, MAX_PREVIEW_S = 0.1, 1.0
 """Seconds between two previews of an image."""
+PREVIEW_SHARE = 0.005
+"""Share of its thread's time that previews take, between those limits."""
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +47,7 @@ class Reporter:
         self._batch_sizes: list[int] = []
         self._running = self._waiting = 0
         self._previewed = 0.0
+        self._preview_s = MIN_PREVIEW_S
         self._previews: SimpleQueue[list[tuple[Image, int, torch.Tensor]]] = SimpleQueue()
         start_thread(self._preview, name="preview")
 
@@ -70,7 +73,7 @@ class Reporter:
             if image.step and now - image.reported >= PROGRESS_S:
                 image.reported = now
                 image.job.progress(image.step, image.request.steps)
-        if now - self._previewed >= PREVIEW_S and self._previews.empty():
+        if now - self._previewed >= self._preview_s and self._previews.empty():
             self._previewed = now
             # Tensors are replaced, never changed, so the other thread may look at these whenever it gets to them.
             self._previews.put(
@@ -82,7 +85,9 @@ class Reporter:
         step_aside()
         with torch.inference_mode():
             while True:
-                for image, step, estimate in self._previews.get():
+                estimates = self._previews.get()
+                started = time.monotonic()
+                for image, step, estimate in estimates:
                     request = image.request
                     try:
                         jpeg = self._previewer.jpeg(estimate, request.height, request.width)
@@ -90,6 +95,8 @@ class Reporter:
                         logger.exception("no preview", extra={"fields": {"task_id": image.job.submit.task_id}})
                     else:
                         image.job.progress(step, request.steps, jpeg)
+                seconds = (time.monotonic() - started) / PREVIEW_SHARE
+                self._preview_s = min(max(MIN_PREVIEW_S, seconds), MAX_PREVIEW_S)
 
     def _beat(self) -> Beat:
         counts = {**self._counts, **self._seconds, "decode_seconds": self._decoder.take_seconds()}

@@ -42,7 +42,7 @@ SAME_MODEL_PAUSE_S = 20.0
 """Seconds between two faults of one model's worker: a request in flight at two deaths is given up by design."""
 SIGNALS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP)
 TARGETS = ("flux worker", "rerank worker", "flux stub", "rerank stub", "tasks stub", "tritonserver")
-MARK_ENV = "GENSERVE_CHAOS"
+MARK_ENV = "GENSERVE_RANDOM_FAULTS"
 """In the environment of every process of this run."""
 WORDS = ("capital", "river", "mountain", "France", "Berlin", "moon", "garden", "violin", "engine", "harvest")
 
@@ -325,11 +325,11 @@ def table(report: Report) -> Table:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def main(seconds: float, seed: int, callers: int, log: Path | None, as_json: bool) -> None:
     """Kill and stop processes of a server under load; fail unless every request is answered rightly."""
-    with tempfile.TemporaryDirectory(prefix="genserve-chaos-") as folder:
+    with tempfile.TemporaryDirectory(prefix="genserve-faults-") as folder:
         try:
             report = run(seconds=seconds, seed=seed, callers=callers, log=log or Path(folder) / "server.log")
         except (ServeError, GenServeError) as error:
-            click.echo(f"chaos: {' '.join(str(error).split())}", err=True)
+            click.echo(f"random_faults: {' '.join(str(error).split())}", err=True)
             sys.exit(1)
     if as_json:
         click.echo(json.dumps(asdict(report)))

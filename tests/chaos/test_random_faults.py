@@ -1,0 +1,19 @@
+"""Random faults under mixed load, for a short while; `perf/random_faults.py` runs the same for any time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import random_faults
+
+
+@pytest.mark.timeout(400)
+def test_every_request_is_answered_rightly_whatever_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for model in ("flux", "rerank"):
+        monkeypatch.setenv(f"{model.upper()}_MODEL_PATH", str(ROOT / "demo" / model))
+    report = random_faults.run(seconds=25, seed=1, callers=2, log=tmp_path / "server.log")
+    assert len(report.faults) >= 2
+    assert report.passed, report
