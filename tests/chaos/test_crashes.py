@@ -106,6 +106,20 @@ def test_a_killed_tritonserver_comes_back(server: Server, grpc_client: Client) -
     assert grpc_client.generate("the next one", steps=2).data
 
 
+@pytest.mark.parametrize("part", ["stub", "tritonserver"])
+def test_a_stopped_part_is_replaced_after_the_hang_timeout(pair: Server, part: str) -> None:
+    triton = pair.process.children()[0]
+    stopped = pair.stub("flux", 1) if part == "stub" else triton
+    stopped.suspend()
+    with Client(pair.grpc, timeout=120, retry_for=100) as client:
+        assert client.generate("patient", steps=2).data
+        wait_until(lambda: f"no sign of life from {part}" in pair.log, what="the standstill to be noticed")
+        wait_until(lambda: not psutil.pid_exists(stopped.pid), what="the stopped process to be killed")
+        wait_until(client.health, what="the server to be ready")
+        assert client.generate("the next one", steps=2).data
+    assert not psutil.pid_exists(triton.pid)
+
+
 def test_a_client_can_wait_for_the_server_to_come_back(server: Server) -> None:
     with Client(server.grpc, retry_for=60) as client:
         server.process.children()[0].send_signal(signal.SIGKILL)

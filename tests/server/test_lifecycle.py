@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import urllib.request
 from pathlib import Path
 
 import psutil
@@ -50,6 +51,23 @@ def test_a_signal_ends_everything(tmp_path: Path, number: signal.Signals) -> Non
     assert not [process for process in family if process.is_running()]
     assert not segments(foreground.pid)
     assert [path.name for path in (tmp_path / f"server-{server.http_port}").iterdir()] == []
+
+
+@pytest.mark.parametrize("host", ["::1", "::"])
+def test_serving_on_ipv6(host: str, tmp_path: Path) -> None:
+    server = Server(tmp_path)
+    started = server.command("serve", "--detach", "--json", "--host", host, *server.port_arguments, "--model", "rerank")
+    assert started.returncode == 0, started.stderr
+    try:
+        addresses = json.loads(started.stdout)
+        for protocol in ("grpc", "http"):
+            assert "[::1]:" in addresses[protocol]
+            with Client(addresses[protocol]) as client:
+                assert client.rerank("q", ["a"])
+        with urllib.request.urlopen(addresses["metrics"], timeout=10) as answer:
+            assert b"nv_inference_request_success" in answer.read()
+    finally:
+        server.stop()
 
 
 def test_killing_serve_itself_leaves_nothing_running(tmp_path: Path) -> None:
