@@ -62,7 +62,7 @@ def measure(client: Client, requests: int, steps: int, number: int) -> tuple[flo
             return image
 
         futures = [pool.submit(timed, seed) for seed in range(requests)]
-        while sum(task["step"] > 0 for status in client.status() for task in status.tasks) < requests:
+        while sum(task.step > 0 for status in client.status() for task in status.tasks) < requests:
             time.sleep(0.02)
         fault = time.monotonic()
         flux_worker().send_signal(number)

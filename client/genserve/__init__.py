@@ -6,33 +6,57 @@
 ...     ranked = client.rerank("capital of France", ["Paris is ...", "Berlin is ..."], top_n=1)
 """
 
+from genserve.access import TLS
 from genserve.client import Client
 from genserve.errors import (
     Cancelled,
     DeadlineExceeded,
     GenServeError,
     InvalidInput,
+    NotAllowed,
     OutOfMemory,
     QueueFull,
     ServerError,
     ServerUnavailable,
 )
-from genserve.types import GeneratedImage, ModelStatus, RankedDocument, ServerStatus
+from genserve.protocol import Call, Outputs
+from genserve.transport import Transport
+from genserve.types import (
+    GeneratedImage,
+    ImageFormat,
+    ModelStatus,
+    Priority,
+    RankedDocument,
+    Ranking,
+    ServerStatus,
+    TaskState,
+    TaskStatus,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "TLS",
+    "Call",
     "Cancelled",
     "Client",
     "DeadlineExceeded",
     "GenServeError",
     "GeneratedImage",
+    "ImageFormat",
     "InvalidInput",
     "ModelStatus",
+    "NotAllowed",
     "OutOfMemory",
+    "Outputs",
+    "Priority",
     "QueueFull",
     "RankedDocument",
+    "Ranking",
     "ServerError",
     "ServerStatus",
     "ServerUnavailable",
+    "TaskState",
+    "TaskStatus",
+    "Transport",
 ]

@@ -6,56 +6,73 @@ import itertools
 import threading
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TypeVar
 
-from genserve.errors import DeadlineExceeded, GenServeError, InvalidInput, QueueFull, ServerUnavailable
-from genserve.protocol import (
-    Call,
-    Outputs,
-    generate_call,
-    generated_image,
-    ranking,
-    rerank_call,
-    task_answer,
-    tasks_call,
-)
+from genserve import tasks
+from genserve.access import TLS
+from genserve.errors import InvalidInput, QueueFull, ServerUnavailable, located
+from genserve.protocol import Call, Outputs, generate_call, generated_image, ranking, rerank_call
+from genserve.retry import Deadline, Retries, checked_timeout
+from genserve.status import answers, model_statuses, server_status
 from genserve.transport import Transport, connect
-from genserve.types import GeneratedImage, ModelStatus, RankedDocument, ServerStatus
+from genserve.types import GeneratedImage, ImageFormat, ModelStatus, Priority, Ranking, ServerStatus, TaskStatus
 
 DEFAULT_URL = "localhost:8001"
 DEFAULT_TIMEOUT_S = 600.0
 """More than the server lets a request wait and run; never for ever, which is tritonclient's default over gRPC."""
-TASKS_TIMEOUT_S = 10.0
-"""For `tasks`, which answers at once where it answers at all."""
-RETRY_PAUSE_S = 0.25
 
 T = TypeVar("T")
 
 
 class Client:
-    """Talks to one GenServe server, or spreads requests over several. Thread-safe.
+    """A client of one GenServe server, or of several that share its requests. Thread-safe.
 
     Requests go to the server with the fewest of this client's requests under way. One that a server cannot take
     (unreachable, or its queue is full) goes to the others in turn: requests are pure functions of their inputs.
 
     Args:
-        url: ``host:port`` for gRPC, ``http://host:port`` for HTTP, or a list of such.
-        timeout: Seconds that a call may take in all, where the call does not say otherwise.
-        retry_for: Seconds to go on trying while no server can be reached; 0 fails at once.
+        url: ``host:port`` or ``grpcs://host`` for gRPC, ``http://host:port`` or ``https://host/prefix`` for HTTP, or a
+            list of such; None for ``localhost:8001``.
+        timeout: Seconds that a call may take in all, where the call does not say otherwise. Servers hear of it: they
+            give a request up when its time is over.
+        retry_for: Seconds to go on trying while no server can be reached, or a gateway asks to come back later; 0
+            fails at once.
+        tls: Certificates for ``grpcs://`` and ``https://``.
+        headers: Sent with every request, as ``{"Authorization": "Bearer ..."}``; over gRPC as metadata.
+        transport: One connection of one's own, or several, instead of `url`, `tls` and `headers`: the way to test code
+            that uses a Client. See `genserve.Transport`.
+
+    Raises:
+        InvalidInput: An argument cannot be used.
     """
 
     def __init__(
-        self, url: str | Sequence[str] = DEFAULT_URL, *, timeout: float = DEFAULT_TIMEOUT_S, retry_for: float = 0.0
+        self,
+        url: str | Sequence[str] | None = None,
+        *,
+        timeout: float = DEFAULT_TIMEOUT_S,
+        retry_for: float = 0.0,
+        tls: TLS | None = None,
+        headers: Mapping[str, str] | None = None,
+        transport: Transport | Sequence[Transport] | None = None,
     ) -> None:
-        urls = [url] if isinstance(url, str) else list(url)
-        if not urls:
-            raise InvalidInput("url is an empty list; allowed: at least one address")
-        self._timeout = _checked_timeout(timeout)
+        self._timeout = checked_timeout(timeout)
+        if not 0 <= retry_for < float("inf"):
+            raise InvalidInput(f"retry_for is {retry_for}; allowed: seconds, 0 or more")
         self._retry_for = retry_for
-        self._servers = [connect(each) for each in urls]
-        self._under_way = dict.fromkeys(range(len(urls)), 0)
+        if transport is None:
+            given = DEFAULT_URL if url is None else url
+            urls = [given] if isinstance(given, str) else given
+            self._servers = [connect(each, tls=tls, headers=headers) for each in urls]
+        elif url is not None or tls is not None or headers is not None:
+            raise InvalidInput("transport is given together with url, tls or headers; allowed: transport alone")
+        else:
+            self._servers = list(transport) if isinstance(transport, Sequence) else [transport]
+        if not self._servers:
+            raise InvalidInput(f"{'url' if transport is None else 'transport'} is an empty list; allowed: at least one")
+        self._under_way = dict.fromkeys(range(len(self._servers)), 0)
         self._turn = itertools.count()
         self._lock = threading.Lock()
 
@@ -84,8 +101,8 @@ class Client:
         guidance: float | None = None,
         seed: int | None = None,
         lora: Sequence[dict[str, Any]] = (),
-        format: str | None = None,  # noqa: A002  # the tensor's name
-        priority: str = "normal",
+        format: ImageFormat | None = None,  # noqa: A002  # the tensor's name
+        priority: Priority = "normal",
         timeout: float | None = None,
         task_id: str | None = None,
     ) -> GeneratedImage:
@@ -104,7 +121,7 @@ class Client:
             format: ``png``, ``jpeg`` or ``webp``.
             priority: ``high``, ``normal`` or ``low``.
             timeout: Seconds that the call may take in all.
-            task_id: An id of one's own, for progress, cancellation and the server's log.
+            task_id: An id of one's own, at most 256 characters, for `task`, `cancel` and the server's log.
 
         Raises:
             GenServeError: See `genserve.errors`.
@@ -121,10 +138,9 @@ class Client:
             lora=lora,
             format=format,
             priority=priority,
-            timeout=timeout,
             task_id=task_id or uuid.uuid4().hex,
         )
-        return generated_image(self._infer(call, timeout))
+        return self._infer(call, timeout, generated_image)
 
     def rerank(
         self,
@@ -134,9 +150,10 @@ class Client:
         top_n: int | None = None,
         instruction: str | None = None,
         windows: int = 1,
-        priority: str = "normal",
+        priority: Priority = "normal",
         timeout: float | None = None,
-    ) -> list[RankedDocument]:
+        task_id: str | None = None,
+    ) -> Ranking:
         """Score documents against a query, and sort them by relevance.
 
         Args:
@@ -148,6 +165,7 @@ class Client:
                 its score is the highest of theirs. 1 cuts it at the limit.
             priority: ``high``, ``normal`` or ``low``.
             timeout: Seconds that the call may take in all.
+            task_id: An id of one's own, at most 256 characters, for `task`, `cancel` and the server's log.
 
         Raises:
             GenServeError: See `genserve.errors`.
@@ -165,114 +183,109 @@ class Client:
             instruction=instruction,
             windows=windows,
             priority=priority,
-            timeout=timeout,
-            request_id=uuid.uuid4().hex,
+            task_id=task_id or uuid.uuid4().hex,
         )
-        return ranking(self._infer(call, timeout), documents, top_n)
+        return self._infer(call, timeout, lambda outputs: ranking(outputs, documents, top_n))
+
+    def task(self, task_id: str) -> TaskStatus:
+        """Return how far a task has come, with a preview of its image.
+
+        Args:
+            task_id: The id that `generate` or `rerank` was called with.
+
+        Raises:
+            GenServeError: See `genserve.errors`. An id that no server knows is no error: its state is ``unknown``.
+        """
+        deadline = Deadline(self._timeout)
+        return self._retried(deadline, lambda: tasks.find(self._servers, task_id, deadline))
+
+    def cancel(self, task_id: str) -> TaskStatus:
+        """Ask for the end of a task, which then raises `Cancelled` in its caller; return how far it had come.
+
+        It ends at its next step. One that still waits in Triton's queue, where no server knows it, ends as soon as it
+        leaves the queue. One that has ended already stays as it is.
+
+        Args:
+            task_id: The id that `generate` or `rerank` was called with.
+
+        Raises:
+            GenServeError: See `genserve.errors`.
+        """
+        deadline = Deadline(self._timeout)
+        return self._retried(deadline, lambda: tasks.cancel(self._servers, task_id, deadline))
 
     def health(self) -> bool:
-        """Whether at least one server is ready to serve every one of its models."""
-        return any(_answers(server.ready) for server in self._servers)
+        """Return whether at least one server is ready to serve every one of its models."""
+        return any(answers(server.ready) for server in self._servers)
 
     def status(self) -> list[ServerStatus]:
-        """Each server's state; one that cannot be reached is listed as not live."""
-        return [_status(server) for server in self._servers]
+        """Return each server's state; one that cannot be reached is listed as not live."""
+        return [server_status(server) for server in self._servers]
 
     def models(self) -> list[ModelStatus]:
-        """The models of the first server that can be reached.
+        """Return the models of the first server that can be reached.
 
         Raises:
             ServerUnavailable: None can.
         """
-        return self._try_servers(range(len(self._servers)), lambda index: _models(self._servers[index]))
 
-    def _infer(self, call: Call, timeout: float | None) -> Outputs:
-        deadline = time.monotonic() + (self._timeout if timeout is None else _checked_timeout(timeout))
-        give_up = min(deadline, time.monotonic() + self._retry_for)
+        def ask(index: int) -> list[ModelStatus]:
+            with located(url=self._servers[index].url):
+                return model_statuses(self._servers[index])
 
-        def send(index: int) -> Outputs:
-            remaining_s = deadline - time.monotonic()
-            if remaining_s <= 0:
-                raise DeadlineExceeded("no server answered in time")
+        return self._try_servers(range(len(self._servers)), ask)
+
+    def _infer(self, call: Call, timeout: float | None, read: Callable[[Outputs], T]) -> T:
+        deadline = Deadline(self._timeout if timeout is None else timeout)
+
+        def send(index: int) -> T:
+            remaining_s = deadline.left()
             with self._lock:
                 self._under_way[index] += 1
             try:
-                return self._servers[index].infer(call, remaining_s)
+                with located(url=self._servers[index].url):
+                    return read(self._servers[index].infer(call, remaining_s))
             finally:
                 with self._lock:
                     self._under_way[index] -= 1
 
+        with located(model=call.model, request_id=call.request_id):
+            return self._retried(deadline, lambda: self._try_servers(self._by_load(), send))
+
+    def _retried(self, deadline: Deadline, attempt: Callable[[], T]) -> T:
+        """Return the result of the first attempt that a server could take."""
+        retries = Retries(self._retry_for, deadline)
         while True:
             try:
-                return self._try_servers(self._by_load(), send)
-            except ServerUnavailable:
-                if time.monotonic() + RETRY_PAUSE_S >= give_up:
+                return attempt()
+            except (ServerUnavailable, QueueFull) as error:
+                pause = retries.pause_after(error)
+                if pause is None:
                     raise
-                time.sleep(RETRY_PAUSE_S)
+            time.sleep(pause)
 
     def _by_load(self) -> list[int]:
-        """Servers, the least busy first; equally busy ones take turns."""
+        """Return the servers, the least busy first; equally busy ones take turns."""
         with self._lock:
             count, turn = len(self._servers), next(self._turn)
             return sorted(range(count), key=lambda index: (self._under_way[index], (index - turn) % count))
 
     @staticmethod
     def _try_servers(order: Sequence[int], ask: Callable[[int], T]) -> T:
-        """The answer of the first server that can take the question."""
+        """Return the answer of the first server that can take the question."""
         refusals: list[ServerUnavailable | QueueFull] = []
         for index in order:
             try:
                 return ask(index)
             except (ServerUnavailable, QueueFull) as error:
                 refusals.append(error)
-        # That a server is full says more than that another one is down.
-        raise next((error for error in refusals if isinstance(error, QueueFull)), refusals[-1])
+        raise _most_telling(refusals)
 
 
-def _checked_timeout(timeout: float) -> float:
-    if not 0 < timeout < float("inf"):
-        raise InvalidInput(f"timeout is {timeout}; allowed: seconds, above 0")
-    return timeout
-
-
-def _answers(ask: Callable[[], bool]) -> bool:
-    try:
-        return ask()
-    except GenServeError:
-        return False
-
-
-def _status(server: Transport) -> ServerStatus:
-    try:
-        version = str(server.metadata().get("version", ""))
-        models = _models(server)
-    except GenServeError:
-        return ServerStatus(server.url, live=False, ready=False, version="", models=(), tasks=())
-    try:
-        tasks = task_answer(server.infer(tasks_call("list"), TASKS_TIMEOUT_S))
-    except GenServeError:
-        tasks = []  # a repository without `tasks`, or one that is still loading
-    return ServerStatus(
-        server.url, live=True, ready=_answers(server.ready), version=version, models=tuple(models), tasks=tuple(tasks)
-    )
-
-
-def _models(server: Transport) -> list[ModelStatus]:
-    statistics = {entry["name"]: entry.get("inference_stats", {}) for entry in server.statistics()}
-    return [_model(entry, statistics.get(entry["name"], {})) for entry in server.models()]
-
-
-def _model(entry: dict[str, Any], statistics: dict[str, Any]) -> ModelStatus:
-    def counter(name: str, field: str) -> int:
-        return int(statistics.get(name, {}).get(field, 0))
-
-    queued = counter("queue", "count")
-    return ModelStatus(
-        name=entry["name"],
-        version=str(entry.get("version", "")),
-        state=str(entry.get("state", "")),
-        reason=str(entry.get("reason", "")),
-        succeeded=counter("success", "count"),
-        failed=counter("fail", "count"),
-        queue_s=counter("queue", "ns") / queued / 1e9 if queued else 0.0,
-    )
+def _most_telling(refusals: Sequence[ServerUnavailable | QueueFull]) -> ServerUnavailable | QueueFull:
+    """Return the refusal that says most: the earliest invitation to come back, a full queue, or the last failure."""
+    full = [error for error in refusals if isinstance(error, QueueFull)]
+    inviting = [error for error in full if error.retry_after is not None]
+    if inviting:
+        return min(inviting, key=lambda error: error.retry_after or 0.0)
+    return full[0] if full else refusals[-1]

@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from genserve.errors import InvalidInput, ServerError
-from genserve.types import GeneratedImage, RankedDocument
+from genserve.types import GeneratedImage, Priority, RankedDocument, Ranking, TaskState, TaskStatus
 
-PRIORITIES = {"high": 1, "normal": 2, "low": 3}
+PRIORITIES: dict[Priority, int] = {"high": 1, "normal": 2, "low": 3}
 """Triton's levels; 1 is served first."""
+MAX_TASK_ID_CHARACTERS = 256
 
 DTYPES = {
     "PROMPT": "BYTES",
@@ -48,7 +49,6 @@ class Call:
         inputs: Tensor name to array.
         outputs: Names of the tensors wanted.
         priority: Triton's level, 1 to 3.
-        queue_timeout_s: Seconds that it may wait in the server's queue, or None for the server's own limit.
         request_id: Identifies it in the server's log.
     """
 
@@ -56,28 +56,24 @@ class Call:
     inputs: dict[str, npt.NDArray[Any]]
     outputs: tuple[str, ...]
     priority: int = PRIORITIES["normal"]
-    queue_timeout_s: float | None = None
-    request_id: str = field(default="")
-
-    @property
-    def queue_timeout_us(self) -> int | None:
-        """The same in Triton's unit."""
-        return None if self.queue_timeout_s is None else max(1, round(self.queue_timeout_s * 1e6))
+    request_id: str = ""
 
 
 Outputs = dict[str, npt.NDArray[Any]]
+"""Tensor name to array."""
+
+Json = TypeVar("Json", dict[str, Any], list[dict[str, Any]])
 
 
 def generate_call(
     prompt: str,
     *,
-    priority: str,
-    timeout: float | None,
+    priority: Priority,
     task_id: str,
     lora: Sequence[dict[str, Any]],
     **settings: Any,
 ) -> Call:
-    """A `flux` request for one image; settings that are None keep the server's defaults."""
+    """Return a `flux` request for one image; settings that are None keep the server's defaults."""
     values: dict[str, Any] = {"PROMPT": prompt, "TASK_ID": task_id}
     values |= {name.upper(): value for name, value in settings.items() if value is not None}
     if lora:
@@ -87,15 +83,16 @@ def generate_call(
         {name: _array(name, [value], (1, 1)) for name, value in values.items()},
         ("IMAGE", "SEED", "INFO"),
         priority=_priority(priority),
-        queue_timeout_s=timeout,
-        request_id=task_id,
+        request_id=_task_id(task_id),
     )
 
 
 def generated_image(outputs: Outputs) -> GeneratedImage:
-    """The image in a `flux` answer."""
+    """Return the image in a `flux` answer."""
     return GeneratedImage(
-        data=bytes(outputs["IMAGE"].item()), seed=int(outputs["SEED"].item()), info=_json(outputs["INFO"].item())
+        data=bytes(outputs["IMAGE"].item()),
+        seed=int(outputs["SEED"].item()),
+        info=_json("INFO", outputs["INFO"].item()),
     )
 
 
@@ -105,11 +102,10 @@ def rerank_call(
     *,
     instruction: str | None,
     windows: int,
-    priority: str,
-    timeout: float | None,
-    request_id: str,
+    priority: Priority,
+    task_id: str,
 ) -> Call:
-    """A `rerank` request for one query."""
+    """Return a `rerank` request for one query. Its task id is the request id: the model has no tensor for it."""
     inputs = {"QUERY": _array("QUERY", [query], (1, 1)), "DOCUMENTS": _array("DOCUMENTS", documents, (1, -1))}
     if instruction is not None:
         inputs["INSTRUCTION"] = _array("INSTRUCTION", [instruction], (1, 1))
@@ -120,27 +116,41 @@ def rerank_call(
         inputs,
         ("SCORES", "INFO"),
         priority=_priority(priority),
-        queue_timeout_s=timeout,
-        request_id=request_id,
+        request_id=_task_id(task_id),
     )
 
 
-def ranking(outputs: Outputs, documents: Sequence[str], top_n: int | None) -> list[RankedDocument]:
-    """The documents by falling score, equal ones in the order they came in; at most `top_n`."""
-    scores = [float(score) for score in outputs["SCORES"].reshape(-1)]
+def ranking(outputs: Outputs, documents: Sequence[str], top_n: int | None) -> Ranking:
+    """Return the documents by falling score, equal ones in the order they came in; at most `top_n`."""
+    scores = tuple(float(score) for score in outputs["SCORES"].reshape(-1))
+    if len(scores) != len(documents):
+        raise ServerError(f"SCORES has {len(scores)} values for {len(documents)} documents")
     order = sorted(range(len(scores)), key=lambda index: -scores[index])
-    return [RankedDocument(index, scores[index], documents[index]) for index in order[:top_n]]
+    best = tuple(RankedDocument(index, scores[index], documents[index]) for index in order[:top_n])
+    return Ranking(best, scores, _json("INFO", outputs["INFO"].item()))
 
 
 def tasks_call(action: str, task_id: str = "") -> Call:
-    """A `tasks` request."""
+    """Return a `tasks` request."""
     inputs = {"ACTION": _array("ACTION", [action], (1,)), "TASK_ID": _array("TASK_ID", [task_id], (1,))}
-    return Call("tasks", inputs, ("TASK",))
+    return Call("tasks", inputs, ("TASK", "PREVIEW"))
 
 
-def task_answer(outputs: Outputs) -> Any:
-    """The JSON in a `tasks` answer."""
-    return json.loads(outputs["TASK"].item())
+def task_status(outputs: Outputs) -> TaskStatus:
+    """Return the task in the answer to the actions ``status`` and ``cancel``."""
+    return _task(_json("TASK", outputs["TASK"].item()), bytes(outputs["PREVIEW"].item()))
+
+
+def task_list(outputs: Outputs) -> list[TaskStatus]:
+    """Return the tasks in the answer to the action ``list``, without previews."""
+    return [_task(task) for task in _decoded("TASK", outputs["TASK"].item(), list)]
+
+
+def _task(task: dict[str, Any], preview: bytes = b"") -> TaskStatus:
+    if task.get("state") not in get_args(TaskState):
+        raise ServerError(f"TASK has the state {task.get('state')!r}")
+    known = {field.name for field in fields(TaskStatus)} - {"preview"}
+    return TaskStatus(**{name: value for name, value in task.items() if name in known}, preview=preview)
 
 
 def _array(name: str, values: Sequence[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
@@ -180,14 +190,28 @@ def _lora(adapters: Sequence[dict[str, Any]]) -> str:
         raise InvalidInput(f"LORA cannot be sent as JSON: {error}") from None
 
 
-def _priority(name: str) -> int:
+def _priority(name: Priority) -> int:
     if name not in PRIORITIES:
         raise InvalidInput(f"priority is {name!r}; allowed: {', '.join(PRIORITIES)}")
     return PRIORITIES[name]
 
 
-def _json(value: bytes) -> dict[str, Any]:
-    decoded = json.loads(value)
-    if not isinstance(decoded, dict):
-        raise ServerError("INFO is not a JSON object")
+def _task_id(task_id: str) -> str:
+    _array("TASK_ID", [task_id], (1,))  # refuses what is no text
+    if len(task_id) > MAX_TASK_ID_CHARACTERS:
+        raise InvalidInput(f"TASK_ID is {len(task_id):,} characters long; allowed: at most {MAX_TASK_ID_CHARACTERS}")
+    return task_id
+
+
+def _json(name: str, value: bytes) -> dict[str, Any]:
+    return _decoded(name, value, dict)
+
+
+def _decoded(name: str, value: bytes, kind: type[Json]) -> Json:
+    try:
+        decoded = json.loads(value)
+    except ValueError:
+        raise ServerError(f"{name} is not JSON") from None
+    if not isinstance(decoded, kind):
+        raise ServerError(f"{name} is not a JSON {'object' if kind is dict else 'list'}")
     return decoded

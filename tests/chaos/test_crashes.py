@@ -20,7 +20,7 @@ LONG = {"steps": 100, "height": 320, "width": 320, "seed": 4}
 def running(client: Client, task_id: str) -> bool:
     """Whether the task has begun its steps."""
     return any(
-        task["task_id"] == task_id and task["state"] == "running" and task["step"] > 0
+        task.task_id == task_id and task.state == "running" and task.step > 0
         for status in client.status()
         for task in status.tasks
     )

@@ -47,7 +47,7 @@ def start_all(pool: ThreadPoolExecutor, client: Client) -> tuple[list[Future[Any
     futures = [pool.submit(client.generate, **request) for request in REQUESTS]
 
     def busy() -> list[str]:
-        running = Counter(task["instance"] for task in client.status()[0].tasks if task["state"] == "running")
+        running = Counter(task.instance for task in client.status()[0].tasks if task.state == "running")
         return [instance for instance, count in running.items() if count >= IN_FLIGHT]
 
     name: str = wait_until(busy, what="the requests to run")[0]

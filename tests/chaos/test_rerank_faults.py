@@ -22,7 +22,7 @@ def test_a_killed_worker_with_fifty_in_flight(server: Server) -> None:
         expected = [client.rerank(*request) for request in requests]
         futures = [pool.submit(client.rerank, *request) for request in requests]
         wait_until(
-            lambda: sum(task["model"] == "rerank" for task in client.status()[0].tasks) >= IN_FLIGHT,
+            lambda: sum(task.model == "rerank" for task in client.status()[0].tasks) >= IN_FLIGHT,
             what="the requests to be in the instance",
         )
         worker = server.worker("rerank")

@@ -96,7 +96,7 @@ def test_with_a_neighbour_that_crashes(alone: list[Pixels], client: Client, pair
 
     def kill() -> None:
         worker = pair.worker("flux", 1)
-        wait_until(lambda: any(task["state"] == "running" for task in client.status()[0].tasks), what="work")
+        wait_until(lambda: any(task.state == "running" for task in client.status()[0].tasks), what="work")
         worker.kill()
         killed.set()
 

@@ -32,7 +32,7 @@ def test_an_urgent_request_takes_the_place_of_another_which_goes_on(server: Serv
         paused = pool.submit(
             client.generate, "a long one", steps=100, height=256, width=256, seed=1, priority="low", task_id="paused"
         )
-        wait_until(lambda: any(task["step"] > 0 for task in client.status()[0].tasks), what="the first to run")
+        wait_until(lambda: any(task.step > 0 for task in client.status()[0].tasks), what="the first to run")
         urgent = client.generate("an urgent one", steps=4, priority="high")
         assert not paused.done()
         assert paused.result().data == alone.data  # one at a time, so not even a rounding differs

@@ -53,7 +53,7 @@ def test_small_requests_overtake_a_large_one(client: Client) -> None:
         large = pool.submit(client.rerank, "three", documents)
         time.sleep(1.0)
         small = [pool.submit(client.rerank, f"number {each}", [f"number {each}", "another"]) for each in range(7)]
-        winners = [future.result().pop(0).document for future in small]
+        winners = [future.result()[0].document for future in small]
         assert not large.done()
         assert winners == [f"number {each}" for each in range(7)]
         assert len(large.result()) == len(documents)

@@ -12,7 +12,7 @@ from genserve import Client
 def test_an_idle_instance_is_preferred_to_a_busy_one(pair: Server) -> None:
     with Client(pair.grpc, timeout=120) as client, ThreadPoolExecutor(1) as pool:
         long = pool.submit(client.generate, "a long one", steps=100, height=320, width=320)
-        wait_until(lambda: any(task["step"] > 0 for task in client.status()[0].tasks), what="it to run")
+        wait_until(lambda: any(task.step > 0 for task in client.status()[0].tasks), what="it to run")
         short = []
         while not long.done():
             short.append(client.generate("a short one", steps=1, height=64, width=64).info["instance"])

@@ -19,9 +19,10 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-import genserve.client
+from genserve import cli_calls, cli_options
+from genserve.access import TLS
 from genserve.cli import main
-from genserve.errors import GenServeError, InvalidInput, QueueFull
+from genserve.errors import GenServeError, InvalidInput, NotAllowed, QueueFull, ServerUnavailable
 from genserve.protocol import Call, Outputs
 from genserve.serve import server as server_module
 from genserve.serve.options import ServeError, ServeOptions
@@ -41,8 +42,10 @@ def untouched_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     """Keeps the verbs away from this machine's state, and puts signals and logging back as they were."""
     monkeypatch.setenv("GENSERVE_STATE_DIR", str(tmp_path / "state"))
     monkeypatch.setenv("GENSERVE_CACHE_DIR", str(tmp_path / "cache"))
-    for name in ("GENSERVE_URL", "FLUX_GPUS", "RERANK_GPUS", "WORKERS", "FLUX_WORKERS"):
+    servers = ("GENSERVE_URL", "GENSERVE_HEADERS", "GENSERVE_CA", "GENSERVE_CERT", "GENSERVE_KEY")
+    for name in (*servers, "FLUX_GPUS", "RERANK_GPUS", "WORKERS", "FLUX_WORKERS"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
     handlers = {number: signal.getsignal(number) for number in numbers}
     root = logging.getLogger()
@@ -81,7 +84,7 @@ def test_every_verb_explains_itself(verb: str, flag: str, invoke: Invoke) -> Non
 
 
 def test_the_verbs_of_the_contract_are_there(invoke: Invoke) -> None:
-    assert {"serve", "stop", "generate", "rerank", "status", "models", "doctor"} <= set(main.commands)
+    assert {"serve", "stop", "generate", "rerank", "task", "cancel", "status", "models", "doctor"} <= set(main.commands)
     assert invoke("--version").stdout.startswith("genserve")
 
 
@@ -95,6 +98,11 @@ def test_the_verbs_of_the_contract_are_there(invoke: Invoke) -> None:
         ["generate", "a cat", "-o", "x.png", "--priority", "urgent"],
         ["generate", "a cat", "-o", "x.png", "--steps", "four"],
         ["generate", "a cat", "-o", "/"],
+        ["generate", "a cat", "-o", "x.png", "--retry-for", "-1"],
+        ["task"],
+        ["task", "id", "--preview", "/"],
+        ["cancel"],
+        ["models", "--header", "no colon"],
         ["rerank", "query"],
         ["rerank", "query", "/no/such/file"],
         ["rerank", "query", "-", "--top-n", "0"],
@@ -124,15 +132,23 @@ def test_bad_options_are_refused_before_anything_happens(arguments: list[str], i
 @pytest.mark.parametrize("url", NOBODY, ids=["grpc", "http"])
 @pytest.mark.parametrize(
     "arguments",
-    [["generate", "a cat", "-o", "x.png"], ["rerank", "q", "-"], ["models"], ["models", "--json"]],
+    [
+        ["generate", "a cat", "-o", "x.png"],
+        ["rerank", "q", "-"],
+        ["task", "id", "--preview", "x.jpg"],
+        ["cancel", "id"],
+        ["models"],
+        ["models", "--json"],
+    ],
     ids=" ".join,
 )
-def test_an_unreachable_server_is_one_line(arguments: list[str], url: str, invoke: Invoke) -> None:
+def test_an_unreachable_server_is_one_line(arguments: list[str], url: str, invoke: Invoke, tmp_path: Path) -> None:
     result = invoke(*arguments, "--url", url, input="document\n")
     message = failure(result)
     assert message.startswith("ServerUnavailable: ")
     assert url in message
     assert result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("url", NOBODY, ids=["grpc", "http"])
@@ -171,22 +187,53 @@ def test_what_the_client_refuses_is_one_line(arguments: list[str], message: str,
     assert failure(invoke(*arguments, input="\n \n")).startswith(message)
 
 
+RUNNING = {
+    "task_id": "mine",
+    "state": "running",
+    "step": 3,
+    "steps": 28,
+    "model": "flux",
+    "instance": "flux_0_0",
+    "error": None,
+    "arrived": 1.5,
+    "changed": 2.5,
+}
+FAILED = {**RUNNING, "state": "failed", "error": "ServerError: x"}
+UNKNOWN = {"task_id": "mine", "state": "unknown", "step": 0, "steps": 0, "instance": None}
+
+
 class FakeServer:
     """Answers every request, or fails every one."""
 
-    error: GenServeError | None = None
-    calls: list[Call]
+    url = "fake"
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.timeouts: list[float] = []
+        self.error: GenServeError | None = None
+        self.failures: list[GenServeError] = []
+        self.task: dict[str, Any] = RUNNING
+        self.preview = b"jpeg"
 
     def infer(self, call: Call, timeout_s: float) -> Outputs:
         self.calls.append(call)
+        self.timeouts.append(timeout_s)
+        if self.failures:
+            raise self.failures.pop()
         if self.error:
             raise self.error
+        if call.model == "tasks":
+            listed = call.inputs["ACTION"].item() == b"list"
+            return {
+                "TASK": np.array([json.dumps([self.task] if listed else self.task).encode()], dtype=np.object_),
+                "PREVIEW": np.array([self.preview], dtype=np.object_),
+            }
         if call.model == "rerank":
             count = call.inputs["DOCUMENTS"].shape[1]
-            return {"SCORES": np.linspace(0.25, 0.75, count, dtype=np.float32)[None]}
+            return {
+                "SCORES": np.linspace(0.25, 0.75, count, dtype=np.float32)[None],
+                "INFO": np.array([[b"{}"]], dtype=np.object_),
+            }
         buffer = io.BytesIO()
         Image.new("RGB", (64, 96)).save(buffer, "PNG")
         info = {"width": 64, "height": 96, "steps": 4, "elapsed_time": 1.234, "device": "cpu"}
@@ -196,21 +243,42 @@ class FakeServer:
             "INFO": np.array([[json.dumps(info).encode()]], dtype=np.object_),
         }
 
+    def ready(self) -> bool:
+        return True
+
+    def metadata(self) -> dict[str, Any]:
+        if self.error:
+            raise self.error
+        return {"version": "2.55.0"}
+
+    def models(self) -> list[dict[str, Any]]:
+        return [{"name": "flux", "version": "1", "state": "READY"}]
+
+    def statistics(self) -> list[dict[str, Any]]:
+        return []
+
     def close(self) -> None:
         pass
 
 
 @pytest.fixture
-def fake_server(monkeypatch: pytest.MonkeyPatch) -> type[FakeServer]:
-    monkeypatch.setattr(genserve.client, "connect", FakeServer)
-    monkeypatch.setattr(FakeServer, "error", None)
-    monkeypatch.setattr(FakeServer, "calls", [], raising=False)
-    return FakeServer
+def fake_server() -> FakeServer:
+    return FakeServer()
 
 
-def test_generate_writes_the_file_and_says_so(fake_server: type[FakeServer], invoke: Invoke, tmp_path: Path) -> None:
+@pytest.fixture
+def ask(fake_server: FakeServer) -> Invoke:
+    """A verb, with a server that only pretends."""
+
+    def ask(*arguments: str, **options: Any) -> Result:
+        return CliRunner().invoke(main, list(arguments), prog_name="genserve", obj=fake_server, **options)
+
+    return ask
+
+
+def test_generate_writes_the_file_and_says_so(ask: Invoke, fake_server: FakeServer, tmp_path: Path) -> None:
     file = tmp_path / "image.png"
-    result = invoke("generate", "a cat", "-o", str(file), "--seed", "7", "--steps", "4", "--priority", "high")
+    result = ask("generate", "a cat", "-o", str(file), "--seed", "7", "--steps", "4", "--priority", "high")
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout == f"{file}: 64 x 96, 4 steps, seed 7, 1.23 s on cpu\n"
     assert Image.open(file).size == (64, 96)
@@ -220,8 +288,8 @@ def test_generate_writes_the_file_and_says_so(fake_server: type[FakeServer], inv
     assert call.priority == 1
 
 
-def test_generate_prints_json(fake_server: type[FakeServer], invoke: Invoke, tmp_path: Path) -> None:
-    result = invoke("generate", "a cat", "-o", str(tmp_path / "x.png"), "--json")
+def test_generate_prints_json(ask: Invoke, fake_server: FakeServer, tmp_path: Path) -> None:
+    result = ask("generate", "a cat", "-o", str(tmp_path / "x.png"), "--json")
     assert json.loads(result.stdout) == {
         "file": str(tmp_path / "x.png"),
         "width": 64,
@@ -245,52 +313,220 @@ def test_generate_prints_json(fake_server: type[FakeServer], invoke: Invoke, tmp
     ids=str,
 )
 def test_the_files_name_decides_the_format(
-    name: str, option: str | None, sent: bytes, fake_server: type[FakeServer], invoke: Invoke, tmp_path: Path
+    name: str, option: str | None, sent: bytes, ask: Invoke, fake_server: FakeServer, tmp_path: Path
 ) -> None:
-    invoke("generate", "a cat", "-o", str(tmp_path / name), *(["--format", option] if option else []))
+    ask("generate", "a cat", "-o", str(tmp_path / name), *(["--format", option] if option else []))
     assert fake_server.calls[0].inputs["FORMAT"].item() == sent
 
 
-def test_a_file_that_cannot_be_written_is_one_line(
-    fake_server: type[FakeServer], invoke: Invoke, tmp_path: Path
+@pytest.mark.parametrize("verb", [["generate", "x", "-o"], ["task", "mine", "--preview"]], ids=["generate", "task"])
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("no-such-folder/x.png", "No such file or directory"),
+        ("file/x.png", "Not a directory"),
+        ("closed/x.png", "Permission denied"),
+        ("closed.png", "Permission denied"),
+        (f"{'x' * 300}.png", "File name too long"),
+    ],
+    ids=["no-folder", "file-as-folder", "closed-folder", "closed-file", "name"],
+)
+def test_a_file_that_cannot_be_written_is_refused_before_anybody_is_asked(
+    name: str,
+    reason: str,
+    verb: list[str],
+    ask: Invoke,
+    fake_server: FakeServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    file = tmp_path / "no-such-folder" / "x.png"
-    assert failure(invoke("generate", "x", "-o", str(file))) == f"cannot write {file}: No such file or directory"
+    (tmp_path / "file").touch()
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "closed.png").write_bytes(b"old")
+    # Root may write everywhere.
+    monkeypatch.setattr(cli_options.os, "access", lambda path, mode: "closed" not in Path(path).name)
+    assert failure(ask(*verb, str(tmp_path / name))) == f"cannot write {tmp_path / name}: {reason}"
+    assert fake_server.calls == []
+    assert (tmp_path / "closed.png").read_bytes() == b"old"
+    assert not (tmp_path / "closed" / "x.png").exists()
+
+
+def test_a_folder_that_goes_away_meanwhile_is_one_line(
+    ask: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli_calls, "check_output", lambda path: None)
+    file = tmp_path / "gone" / "x.png"
+    assert failure(ask("generate", "x", "-o", str(file))) == f"cannot write {file}: No such file or directory"
+
+
+def test_a_file_without_a_folder_is_in_this_one(ask: Invoke, tmp_path: Path) -> None:
+    assert ask("generate", "x", "-o", "x.png").exit_code == 0
+    assert ask("generate", "again", "-o", "x.png").exit_code == 0
+    assert (tmp_path / "x.png").stat().st_size
 
 
 @pytest.mark.parametrize(
     "error", [InvalidInput("STEPS is 0;\nallowed: 1 to 100"), QueueFull("full")], ids=lambda error: type(error).__name__
 )
 def test_a_servers_error_is_one_line(
-    error: GenServeError, fake_server: type[FakeServer], invoke: Invoke, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: GenServeError, ask: Invoke, fake_server: FakeServer, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(fake_server, "error", error)
-    message = failure(invoke("generate", "x", "-o", str(tmp_path / "x.png")))
+    fake_server.error = error
+    message = failure(ask("generate", "x", "-o", str(tmp_path / "x.png")))
     assert message == f"{type(error).__name__}: {' '.join(str(error).split())}"
     assert not (tmp_path / "x.png").exists()
 
 
-def test_rerank_reads_lines_and_prints_the_best_first(
-    fake_server: type[FakeServer], invoke: Invoke, tmp_path: Path
-) -> None:
+def test_rerank_reads_lines_and_prints_the_best_first(ask: Invoke, fake_server: FakeServer, tmp_path: Path) -> None:
     file = tmp_path / "documents.txt"
     file.write_bytes("first \n\nsecond\r\n\u4e09\n".encode())
-    result = invoke("rerank", "query", str(file))
+    result = ask("rerank", "query", str(file))
     assert result.stdout == "0.7500  \u4e09\n0.5000  second\n0.2500  first \n"
     assert list(fake_server.calls[0].inputs["DOCUMENTS"][0]) == [b"first ", b"second", "\u4e09".encode()]
 
 
-def test_rerank_reads_standard_input_and_prints_json(fake_server: type[FakeServer], invoke: Invoke) -> None:
-    result = invoke("rerank", "query", "-", "--json", "--top-n", "1", "--instruction", "i", input="a\n\u4e09\n")
+def test_rerank_reads_standard_input_and_prints_json(ask: Invoke, fake_server: FakeServer) -> None:
+    result = ask("rerank", "query", "-", "--json", "--top-n", "1", "--instruction", "i", input="a\n\u4e09\n")
     assert json.loads(result.stdout) == [{"index": 1, "score": 0.75, "document": "\u4e09"}]
     assert "\u4e09" in result.stdout
     assert fake_server.calls[0].inputs["INSTRUCTION"].item() == b"i"
 
 
-def test_a_file_that_is_no_text_is_one_line(fake_server: type[FakeServer], invoke: Invoke, tmp_path: Path) -> None:
+def test_a_file_that_is_no_text_is_one_line(ask: Invoke, fake_server: FakeServer, tmp_path: Path) -> None:
     file = tmp_path / "documents.bin"
     file.write_bytes(b"\xff\xfe\n")
-    assert failure(invoke("rerank", "query", str(file))) == f"{file} is not UTF-8 text"
+    assert failure(ask("rerank", "query", str(file))) == f"{file} is not UTF-8 text"
+
+
+@pytest.mark.parametrize("verb", [["generate", "x", "-o", "x.png"], ["rerank", "q", "-"]], ids=["generate", "rerank"])
+def test_a_request_may_have_an_id_and_be_tried_again(verb: list[str], ask: Invoke, fake_server: FakeServer) -> None:
+    fake_server.failures = [ServerUnavailable("down")]
+    result = ask(*verb, "--task-id", "mine", "--retry-for", "20", "--timeout", "30", input="a\n")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert [call.request_id for call in fake_server.calls] == ["mine", "mine"]
+    assert 20 < fake_server.timeouts[1] <= fake_server.timeouts[0] <= 30
+
+
+# Tasks.
+
+
+@pytest.mark.parametrize("verb", ["task", "cancel"])
+@pytest.mark.parametrize(
+    ("task", "line"),
+    [
+        (RUNNING, "task mine  running  step 3 of 28  flux_0_0\n"),
+        (FAILED, "task mine  failed  step 3 of 28  flux_0_0  ServerError: x\n"),
+        (UNKNOWN, "task mine  unknown\n"),
+    ],
+    ids=["running", "failed", "unknown"],
+)
+def test_task_and_cancel_print_one_line(
+    task: dict[str, Any], line: str, verb: str, ask: Invoke, fake_server: FakeServer
+) -> None:
+    fake_server.task = task
+    result = ask(verb, "mine")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, line, "")
+    actions = [call.inputs["ACTION"].item() for call in fake_server.calls]
+    assert actions == ([b"status"] if verb == "task" else [b"status", b"cancel"])
+    assert {call.inputs["TASK_ID"].item() for call in fake_server.calls} == {b"mine"}
+
+
+@pytest.mark.parametrize("verb", ["task", "cancel"])
+def test_task_and_cancel_print_json(verb: str, ask: Invoke) -> None:
+    assert json.loads(ask(verb, "mine", "--json").stdout) == RUNNING
+
+
+def test_a_preview_is_written_where_there_is_one(ask: Invoke, fake_server: FakeServer, tmp_path: Path) -> None:
+    file = tmp_path / "so-far.jpg"
+    assert ask("task", "mine", "--preview", str(file)).exit_code == 0
+    assert file.read_bytes() == b"jpeg"
+    file.unlink()
+    fake_server.preview = b""
+    assert ask("task", "mine", "--preview", str(file)).exit_code == 0
+    assert not file.exists()
+
+
+def test_status_shows_what_is_in_flight(ask: Invoke) -> None:
+    assert "  task mine  running  step 3 of 28  flux_0_0\n" in ask("status").stdout
+    (shown,) = json.loads(ask("status", "--json").stdout)
+    assert (shown["ready"], shown["error"], shown["tasks"]) == (True, "", [RUNNING])
+
+
+def test_status_says_who_must_not_ask(ask: Invoke, fake_server: FakeServer) -> None:
+    fake_server.error = NotAllowed("fake: HTTP status 401 Unauthorized")
+    assert failure(ask("status")) == "NotAllowed: fake: HTTP status 401 Unauthorized"
+
+
+# The way to servers. Nothing is asked: what a client would be made of is compared.
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The arguments of every client that a verb made."""
+    found: list[dict[str, Any]] = []
+
+    def make(urls: tuple[str, ...], **options: Any) -> Any:
+        found.append({"urls": urls, **options})
+        raise InvalidInput("seen enough")
+
+    monkeypatch.setattr(cli_options, "Client", make)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("environment", "options", "headers"),
+    [
+        ("", [], {}),
+        ("Authorization: Bearer a", [], {"Authorization": "Bearer a"}),
+        ("Authorization: Bearer a\n\nX-Tenant:b:c\n", [], {"Authorization": "Bearer a", "X-Tenant": "b:c"}),
+        ("", ["Authorization:Bearer a", "X-Empty:"], {"Authorization": "Bearer a", "X-Empty": ""}),
+        (
+            "Authorization: Bearer a\nX-Tenant: b",
+            ["authorization: Bearer c"],
+            {"authorization": "Bearer c", "X-Tenant": "b"},
+        ),
+    ],
+    ids=["none", "environment", "lines", "options", "both"],
+)
+def test_headers(
+    environment: str,
+    options: list[str],
+    headers: dict[str, str],
+    invoke: Invoke,
+    made: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("GENSERVE_HEADERS", environment)
+    invoke("models", *(word for option in options for word in ("--header", option)))
+    assert made[0]["headers"] == headers
+
+
+def test_certificates(invoke: Invoke, made: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    invoke("models", "--url", "https://a", "--ca", "ca.pem", "--cert", "cert.pem", "--key", "key.pem")
+    monkeypatch.setenv("GENSERVE_CA", "other.pem")
+    invoke("models")
+    invoke("models", "--ca", "ca.pem")
+    assert [each["urls"] for each in made] == [("https://a",), ("localhost:8001",), ("localhost:8001",)]
+    ca, cert, key = Path("ca.pem"), Path("cert.pem"), Path("key.pem")
+    assert [each["tls"] for each in made] == [TLS(ca, cert, key), TLS(ca=Path("other.pem")), TLS(ca=ca)]
+
+
+@pytest.mark.parametrize("source", ["option", "environment"])
+def test_a_header_that_is_none_is_refused_and_not_repeated(
+    source: str, invoke: Invoke, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if source == "environment":
+        monkeypatch.setenv("GENSERVE_HEADERS", "secret")
+    result = invoke("models", *(["--header", "secret"] if source == "option" else []))
+    assert result.exit_code == 2
+    assert "NAME: VALUE" in result.stderr
+    assert "secret" not in result.stderr
+
+
+def test_a_header_that_cannot_be_sent_is_one_line_and_not_repeated(invoke: Invoke) -> None:
+    message = failure(invoke("models", "--header", "X Y: secret"))
+    assert message.startswith("InvalidInput: headers hold a name that is none")
+    assert "secret" not in message
 
 
 # Serving. Nothing is started: every case ends before that.

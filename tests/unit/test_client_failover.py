@@ -10,16 +10,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-import genserve.client
+import genserve.retry
 from genserve import (
+    TLS,
     Cancelled,
     Client,
     DeadlineExceeded,
+    GenServeError,
     InvalidInput,
+    NotAllowed,
     OutOfMemory,
     QueueFull,
     ServerError,
     ServerUnavailable,
+    TaskStatus,
+    Transport,
 )
 from genserve.protocol import Call, Outputs
 
@@ -27,7 +32,7 @@ Answer = Callable[[], Outputs]
 
 
 def score() -> Outputs:
-    return {"SCORES": np.array([[0.5]], dtype=np.float32)}
+    return {"SCORES": np.array([[0.5]], dtype=np.float32), "INFO": np.array([[b"{}"]], dtype=np.object_)}
 
 
 class FakeServer:
@@ -82,13 +87,12 @@ Make = Callable[..., tuple[Client, list[FakeServer]]]
 
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch) -> Make:
-    monkeypatch.setattr(genserve.client, "connect", FakeServer)
-    monkeypatch.setattr(genserve.client, "RETRY_PAUSE_S", 0.01)
+    monkeypatch.setattr(genserve.retry, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(genserve.retry, "LONGEST_PAUSE_S", 0.02)
 
     def make(count: int, **options: Any) -> tuple[Client, list[FakeServer]]:
-        client = Client([f"server-{number}" for number in range(count)], **options)
-        servers: list[Any] = client._servers
-        return client, servers
+        servers = [FakeServer(f"server-{number}") for number in range(count)]
+        return Client(transport=servers, **options), servers
 
     return make
 
@@ -149,7 +153,7 @@ def test_a_server_that_cannot_take_a_request_is_passed_over(error: Exception, ma
 
 @pytest.mark.parametrize(
     "error",
-    [InvalidInput("x"), ServerError("x"), Cancelled("x"), OutOfMemory("x"), DeadlineExceeded("x")],
+    [InvalidInput("x"), ServerError("x"), Cancelled("x"), OutOfMemory("x"), DeadlineExceeded("x"), NotAllowed("x")],
     ids=lambda error: type(error).__name__,
 )
 def test_other_errors_are_the_answer(error: Exception, make: Make) -> None:
@@ -253,7 +257,6 @@ def test_a_calls_timeout_goes_before_the_clients(timeout: float | None, expected
     client, servers = make(1, timeout=5.0)
     ask(client, timeout=timeout)
     assert expected - 0.5 < servers[0].timeouts[0] <= expected
-    assert servers[0].calls[0].queue_timeout_s == timeout
 
 
 def test_health_needs_one_ready_server(make: Make) -> None:
@@ -270,7 +273,7 @@ def test_status_lists_every_server(make: Make) -> None:
     servers[1].always = ServerUnavailable("down")
     servers[2].is_ready = False
     servers[2].script = [ServerUnavailable("no model tasks")]
-    task = np.array([b'[{"task_id": "t"}]'], dtype=np.object_)
+    task = np.array([b'[{"task_id": "t", "state": "waiting"}]'], dtype=np.object_)
     servers[0].script = [lambda: {"TASK": task}]
     found = client.status()
     assert [(each.url, each.live, each.ready) for each in found] == [
@@ -278,7 +281,8 @@ def test_status_lists_every_server(make: Make) -> None:
         ("server-1", False, False),
         ("server-2", True, False),
     ]
-    assert [each.tasks for each in found] == [({"task_id": "t"},), (), ()]
+    assert [each.error for each in found] == ["", "ServerUnavailable: down", ""]
+    assert [each.tasks for each in found] == [(TaskStatus("t", "waiting"),), (), ()]
     assert found[0].version == "2.55.0"
 
 
@@ -307,11 +311,104 @@ def test_leaving_the_block_closes_every_connection(make: Make) -> None:
     assert [server.closed for server in servers] == [True, True]
 
 
-def test_a_full_server_says_more_than_one_that_is_down() -> None:
-    def ask(index: int) -> None:
-        raise QueueFull("full") if index == 0 else ServerUnavailable("down")
+DOWN, FULL, SOON, LATER = (
+    ServerUnavailable("down"),
+    QueueFull("full"),
+    QueueFull("soon", retry_after=1.0),
+    QueueFull("later", retry_after=2.0),
+)
 
+
+@pytest.mark.parametrize(
+    ("errors", "telling"),
+    [
+        ((DOWN, FULL), FULL),
+        ((FULL, DOWN), FULL),
+        ((LATER, FULL, SOON, DOWN), SOON),
+        ((SOON, LATER), SOON),
+        ((FULL, LATER), LATER),
+    ],
+    ids=["down-full", "full-down", "all", "both", "one-says-when"],
+)
+def test_the_refusal_that_says_most_is_raised(
+    errors: Sequence[GenServeError], telling: GenServeError, make: Make
+) -> None:
+    client, servers = make(len(errors))
+    for server, error in zip(servers, errors, strict=True):
+        server.always = error
+    with pytest.raises(type(telling)) as caught:
+        ask(client)
+    assert caught.value is telling
+
+
+def test_a_gateways_pause_is_kept(make: Make) -> None:
+    client, servers = make(1, retry_for=10)
+    servers[0].script = [QueueFull("slow down", retry_after=0.3)]
+    started = time.monotonic()
+    ask(client)
+    assert time.monotonic() - started >= 0.3
+    assert counts(servers) == [2]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"retry_for": 0.0}, {"retry_for": 1.0}, {"retry_for": 60.0, "timeout": 1.0}],
+    ids=["none", "less", "late"],
+)
+def test_a_pause_beyond_the_time_for_retries_is_the_end(options: dict[str, float], make: Make) -> None:
+    client, servers = make(1, **options)
+    servers[0].always = QueueFull("slow down", retry_after=5.0)
+    started = time.monotonic()
     with pytest.raises(QueueFull):
-        Client._try_servers([0, 1], ask)
-    with pytest.raises(QueueFull):
-        Client._try_servers([1, 0], ask)
+        ask(client)
+    assert time.monotonic() - started < 3
+    assert counts(servers) == [1]
+
+
+def test_every_attempt_has_the_time_that_is_left(make: Make) -> None:
+    client, servers = make(1, retry_for=10, timeout=5)
+    servers[0].script = [ServerUnavailable("down")] * 4
+    ask(client)
+    times = servers[0].timeouts
+    assert len(times) == 5
+    assert times == sorted(times, reverse=True)
+    assert len(set(times)) == 5
+
+
+def test_errors_name_request_server_and_model(make: Make) -> None:
+    client, servers = make(2)
+    servers[0].always, servers[1].always = DOWN, ServerError("broken")
+    with pytest.raises(ServerError) as caught:
+        ask(client, task_id="mine")
+    error = caught.value
+    assert (error.request_id, error.url, error.model) == ("mine", "server-1", "rerank")
+    with pytest.raises(InvalidInput) as refused:
+        ask(client, priority="urgent")
+    assert (refused.value.request_id, refused.value.url, refused.value.model) == ("", "", "")
+    servers[1].always = DOWN
+    with pytest.raises(ServerUnavailable) as unreachable:
+        client.models()
+    assert unreachable.value.url == "server-1"
+
+
+def test_an_answer_that_makes_no_sense_names_its_server(make: Make) -> None:
+    client, servers = make(1)
+    servers[0].script = [lambda: {**score(), "INFO": np.array([[b"["]], dtype=np.object_)}]
+    with pytest.raises(ServerError, match="INFO is not JSON") as caught:
+        ask(client)
+    assert caught.value.url == "server-0"
+
+
+def test_one_transport_needs_no_list() -> None:
+    server: Transport = FakeServer("mine")
+    client = Client(transport=server)
+    assert client.rerank("q", ["d"])[0].score == 0.5
+    assert client.health()
+
+
+@pytest.mark.parametrize(
+    "option", [{"url": "localhost:1"}, {"tls": TLS()}, {"headers": {}}], ids=["url", "tls", "headers"]
+)
+def test_a_transport_stands_alone(option: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInput, match="transport is given together with url, tls or headers"):
+        Client(transport=FakeServer("mine"), **option)

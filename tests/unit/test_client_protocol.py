@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from genserve import Client, InvalidInput, ServerError
+from genserve import Client, InvalidInput, ServerError, TaskStatus
 from genserve.protocol import (
     DTYPES,
     PRIORITIES,
@@ -18,7 +18,8 @@ from genserve.protocol import (
     generated_image,
     ranking,
     rerank_call,
-    task_answer,
+    task_list,
+    task_status,
     tasks_call,
 )
 
@@ -36,12 +37,12 @@ EVERY_SETTING: dict[str, Any] = {
 
 
 def generate(prompt: Any = "a cat", **given: Any) -> Call:
-    values = {"priority": "normal", "timeout": None, "task_id": "id", "lora": (), **given}
+    values = {"priority": "normal", "task_id": "id", "lora": (), **given}
     return generate_call(prompt, **values)
 
 
 def rerank(query: Any = "q", documents: Any = ("a", "b"), **given: Any) -> Call:
-    values = {"instruction": None, "windows": 1, "priority": "normal", "timeout": None, "request_id": "id", **given}
+    values = {"instruction": None, "windows": 1, "priority": "normal", "task_id": "id", **given}
     return rerank_call(query, documents, **values)
 
 
@@ -121,6 +122,10 @@ def test_text_travels_whole(text: str) -> None:
         (lambda: generate(task_id=7), "TASK_ID"),
         (lambda: generate(lora=[object()]), "LORA"),
         (lambda: generate(lora=5), "LORA"),
+        (lambda: generate(task_id="\ud800"), "TASK_ID"),
+        (lambda: generate(task_id="x" * 257), "TASK_ID"),
+        (lambda: rerank(task_id=7), "TASK_ID"),
+        (lambda: rerank(task_id="x" * 257), "TASK_ID"),
         (lambda: rerank(query=5), "QUERY"),
         (lambda: rerank(documents=["a", None]), "DOCUMENTS"),
         (lambda: rerank(documents=[["a"], ["b"]]), "DOCUMENTS"),
@@ -162,22 +167,36 @@ def test_other_priorities_are_refused(priority: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("timeout", "microseconds"),
-    [(None, None), (1, 1_000_000), (0.25, 250_000), (240.0, 240_000_000), (0.0000014, 1), (1e-9, 1), (1e6, 10**12)],
-    ids=str,
+    "task_id", ["mine", "x" * 256, "\u4e00", "\U0001f43c"], ids=["short", "longest", "han", "panda"]
 )
-def test_timeouts_travel_in_microseconds(timeout: float | None, microseconds: int | None) -> None:
-    assert generate(timeout=timeout).queue_timeout_us == microseconds
-    assert rerank(timeout=timeout).queue_timeout_us == microseconds
+def test_a_task_id_is_the_request_id(task_id: str) -> None:
+    call = generate(task_id=task_id)
+    assert (call.request_id, call.inputs["TASK_ID"].item()) == (task_id, task_id.encode())
+    assert rerank(task_id=task_id).request_id == task_id
 
 
-def scores(*values: float) -> dict[str, Any]:
-    return {"SCORES": np.array([values], dtype=np.float32)}
+def scores(*values: float, info: Any = None) -> dict[str, Any]:
+    encoded = json.dumps(info or {}).encode()
+    return {"SCORES": np.array([values], dtype=np.float32), "INFO": np.array([[encoded]], dtype=np.object_)}
 
 
 def test_the_ranking_falls_and_keeps_indices() -> None:
     found = ranking(scores(0.25, 1.0, 0.5), ["a", "b", "c"], None)
     assert [(each.index, each.score, each.document) for each in found] == [(1, 1.0, "b"), (2, 0.5, "c"), (0, 0.25, "a")]
+
+
+def test_a_ranking_has_every_score_in_the_documents_order_and_the_models_info() -> None:
+    info = {"truncated": [2], "tokens": 7}
+    found = ranking(scores(0.25, 1.0, 0.5, info=info), ["a", "b", "c"], 1)
+    assert len(found) == 1
+    assert found.scores == (0.25, 1.0, 0.5)
+    assert found.truncated == (2,)
+    assert found.info == info
+
+
+def test_another_number_of_scores_is_the_servers_fault() -> None:
+    with pytest.raises(ServerError, match="SCORES has 2 values for 3 documents"):
+        ranking(scores(0.25, 1.0), ["a", "b", "c"], None)
 
 
 def test_ties_keep_the_order_they_came_in() -> None:
@@ -201,19 +220,68 @@ def test_an_answer_becomes_an_image() -> None:
     assert (image.data, image.seed, image.info) == (b"\x89PNG\x00\x00", 2**63 - 1, {"steps": 4, "model": "\u4e00"})
 
 
-def test_an_info_that_is_no_object_is_the_servers_fault() -> None:
+@pytest.mark.parametrize("info", [b"[]", b"{", b"\xff", b""], ids=["list", "half", "no-text", "empty"])
+def test_an_info_that_is_no_object_is_the_servers_fault(info: bytes) -> None:
     outputs = {
         "IMAGE": np.array([[b""]], dtype=np.object_),
         "SEED": np.array([[0]], dtype=np.int64),
-        "INFO": np.array([[b"[]"]], dtype=np.object_),
+        "INFO": np.array([[info]], dtype=np.object_),
     }
     with pytest.raises(ServerError, match="INFO"):
         generated_image(outputs)
 
 
-def test_a_tasks_answer_is_json() -> None:
-    task = {"task_id": "\u4e00", "state": "running"}
-    assert task_answer({"TASK": np.array([json.dumps(task).encode()], dtype=np.object_)}) == task
+def task_outputs(task: Any, preview: bytes = b"") -> dict[str, Any]:
+    return {
+        "TASK": np.array([json.dumps(task).encode()], dtype=np.object_),
+        "PREVIEW": np.array([preview], dtype=np.object_),
+    }
+
+
+RUNNING = {
+    "task_id": "\u4e00",
+    "state": "running",
+    "step": 3,
+    "steps": 28,
+    "model": "flux",
+    "instance": "flux_0_0",
+    "error": None,
+    "arrived": 1.5,
+    "changed": 2.5,
+}
+
+
+def test_a_tasks_answer_becomes_a_status_with_its_preview() -> None:
+    expected: dict[str, Any] = {**RUNNING, "preview": b"\xff\xd8\x00"}
+    assert task_status(task_outputs(RUNNING, b"\xff\xd8\x00")) == TaskStatus(**expected)
+
+
+def test_a_task_that_the_server_does_not_know() -> None:
+    unknown = {"task_id": "x", "state": "unknown", "step": 0, "steps": 0, "instance": None}
+    assert task_status(task_outputs(unknown)) == TaskStatus("x", "unknown")
+
+
+def test_a_newer_servers_field_is_no_obstacle() -> None:
+    assert task_status(task_outputs({**RUNNING, "speed": 3})) == task_status(task_outputs(RUNNING))
+
+
+def test_a_list_of_tasks() -> None:
+    assert [task.as_dict() for task in task_list(task_outputs([RUNNING, RUNNING]))] == [RUNNING, RUNNING]
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [task_outputs([]), task_outputs({}), task_outputs({**RUNNING, "state": "lost"})],
+    ids=["list", "empty", "state"],
+)
+def test_a_task_that_is_none_is_the_servers_fault(outputs: dict[str, Any]) -> None:
+    with pytest.raises(ServerError, match="TASK"):
+        task_status(outputs)
+
+
+def test_a_list_that_is_none_is_the_servers_fault() -> None:
+    with pytest.raises(ServerError, match="TASK is not a JSON list"):
+        task_list(task_outputs({}))
 
 
 # What the client refuses before it asks anybody: nothing listens at this address.
@@ -230,6 +298,8 @@ def test_a_tasks_answer_is_json() -> None:
         (lambda client: client.generate("p", timeout=float("nan")), "timeout is nan; allowed"),
         (lambda client: client.generate("p", timeout=float("inf")), "timeout is inf; allowed"),
         (lambda client: client.generate("\ud800"), "PROMPT cannot be sent"),
+        (lambda client: client.task(""), "TASK_ID is empty; allowed"),
+        (lambda client: client.cancel(""), "TASK_ID is empty; allowed"),
     ],
     ids=[
         "no-documents",
@@ -240,6 +310,8 @@ def test_a_tasks_answer_is_json() -> None:
         "timeout-nan",
         "timeout-inf",
         "surrogate",
+        "task",
+        "cancel",
     ],
 )
 def test_the_client_refuses_by_itself(ask: Callable[[Client], Any], message: str) -> None:
@@ -248,14 +320,13 @@ def test_the_client_refuses_by_itself(ask: Callable[[Client], Any], message: str
     assert str(caught.value).startswith(message)
 
 
-@pytest.mark.parametrize(
-    "url", ["", "localhost", "localhost:", "ftp://localhost:1", "https://localhost:1", "a:b"], ids=repr
-)
-def test_other_addresses_are_refused(url: str) -> None:
-    with pytest.raises(InvalidInput, match="url is "):
-        Client(url)
+@pytest.mark.parametrize("option", ["url", "transport"])
+def test_an_empty_list_of_servers_is_refused(option: str) -> None:
+    with pytest.raises(InvalidInput, match=f"{option} is an empty list; allowed: at least one"):
+        Client(**{option: []})
 
 
-def test_an_empty_list_of_addresses_is_refused() -> None:
-    with pytest.raises(InvalidInput, match="at least one address"):
-        Client([])
+@pytest.mark.parametrize("retry_for", [-1, float("nan"), float("inf")], ids=str)
+def test_a_time_for_retries_that_is_none_is_refused(retry_for: float) -> None:
+    with pytest.raises(InvalidInput, match="retry_for is"):
+        Client("localhost:1", retry_for=retry_for)

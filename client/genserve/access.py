@@ -1,0 +1,148 @@
+"""The way to a server: its address, TLS, and the headers that a gateway asks for."""
+
+from __future__ import annotations
+
+import re
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from genserve.errors import InvalidInput
+
+DEFAULT_PORTS = {"http": 80, "https": 443, "grpcs": 443}
+"""Triton's gRPC port has no default: ``localhost`` alone would be too easy a mistake."""
+GRPC_SCHEMES = ("grpc", "grpcs")
+SECURE_SCHEMES = ("https", "grpcs")
+ALLOWED_URLS = (
+    "HOST:PORT, grpc://HOST:PORT or grpcs://HOST[:PORT] for gRPC,"
+    " http://HOST[:PORT][/PREFIX] or https://HOST[:PORT][/PREFIX] for HTTP"
+)
+_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_VALUE = re.compile(r"[ -~]*")
+RESERVED_HEADERS = frozenset(
+    {"connection", "content-length", "content-type", "inference-header-content-length", "te", "transfer-encoding"}
+)
+"""Headers that the client sets by itself."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """A server's address.
+
+    Attributes:
+        scheme: ``grpc``, ``grpcs``, ``http`` or ``https``.
+        authority: ``host:port``, with brackets around an IPv6 address.
+        prefix: The path in front of Triton's own, without a slash at its end; HTTP only.
+    """
+
+    scheme: str
+    authority: str
+    prefix: str = ""
+
+    @property
+    def is_grpc(self) -> bool:
+        """True for gRPC."""
+        return self.scheme in GRPC_SCHEMES
+
+    @property
+    def is_secure(self) -> bool:
+        """True where the connection is encrypted."""
+        return self.scheme in SECURE_SCHEMES
+
+    @classmethod
+    def parse(cls, url: str) -> Address:
+        """Return the address that a URL names.
+
+        Raises:
+            InvalidInput: The URL is of another form, or holds a user's name or password.
+        """
+        refused = InvalidInput(f"url is {url!r}; allowed: {ALLOWED_URLS}")
+        try:
+            parts = urlsplit(url if "://" in url else f"grpc://{url}")
+            port = parts.port or DEFAULT_PORTS.get(parts.scheme)
+        except ValueError:
+            raise refused from None
+        if "@" in parts.netloc:
+            # The message does not repeat them.
+            raise InvalidInput("url holds a user's name or password; allowed: give them in headers")
+        host = parts.hostname or ""
+        prefix = parts.path.rstrip("/")
+        is_known = parts.scheme in {*GRPC_SCHEMES, "http", "https"}
+        is_plain = not (parts.query or parts.fragment) and url.isprintable() and " " not in url
+        if not (is_known and is_plain and host and port) or (prefix and parts.scheme in GRPC_SCHEMES):
+            raise refused
+        return cls(parts.scheme, f"[{host}]:{port}" if ":" in host else f"{host}:{port}", prefix)
+
+
+@dataclass(frozen=True)
+class TLS:
+    """The certificates for ``https://`` and ``grpcs://`` addresses; without effect on others.
+
+    Attributes:
+        ca: PEM file with the authorities to trust; None for those that the system (HTTP) or gRPC trusts.
+        cert: PEM file with this client's certificate, for servers that ask for one.
+        key: PEM file with its key.
+        verify: Whether the server's certificate is checked. False is possible over HTTP only.
+    """
+
+    ca: str | Path | None = None
+    cert: str | Path | None = None
+    key: str | Path | None = None
+    verify: bool = True
+
+    def check(self) -> None:
+        """Read the files.
+
+        Raises:
+            InvalidInput: One cannot be read, or a certificate lacks its key, or a key its certificate.
+        """
+        if (self.cert is None) != (self.key is None):
+            raise InvalidInput("TLS has only one of cert and key; allowed: both, or neither")
+        for name, path in (("ca", self.ca), ("cert", self.cert), ("key", self.key)):
+            if path is not None:
+                try:
+                    Path(path).read_bytes()
+                except OSError as error:
+                    raise InvalidInput(f"TLS {name} is {str(path)!r}: {error.strerror}") from None
+
+    def context(self) -> ssl.SSLContext:
+        """Return the context for HTTP connections.
+
+        Raises:
+            InvalidInput: A file cannot be read, or holds no certificate or key.
+        """
+        self.check()
+        try:
+            context = ssl.create_default_context(cafile=self.ca)
+            if self.cert is not None:
+                context.load_cert_chain(self.cert, self.key, password=_no_password)
+        except (ssl.SSLError, ValueError) as error:
+            raise InvalidInput(f"TLS: {error}; allowed: PEM files, the key without a password") from None
+        if not self.verify:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        return context
+
+
+def _no_password() -> str:
+    raise ValueError("the key has a password")
+
+
+def checked_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
+    """Return the headers.
+
+    Raises:
+        InvalidInput: One cannot be sent. The message names it, never its value.
+    """
+    checked = dict(headers or {})
+    for name, value in checked.items():
+        if not isinstance(name, str) or not _NAME.fullmatch(name):
+            raise InvalidInput("headers hold a name that is none; allowed: letters, digits and hyphens")
+        lower = name.lower()
+        if lower in RESERVED_HEADERS or lower.startswith("grpc-") or lower.endswith("-bin"):
+            raise InvalidInput(f"headers hold {name}, which is not the caller's to set")
+        if not isinstance(value, str) or not _VALUE.fullmatch(value):
+            raise InvalidInput(f"headers: the value of {name} cannot be sent; allowed: printable ASCII")
+    return checked

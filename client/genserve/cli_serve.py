@@ -1,0 +1,124 @@
+"""The verbs that start, stop and examine servers."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from genserve.cli_options import Servers, fail, http_port_option, json_option, server_options
+
+
+@click.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to bind to; 0.0.0.0 for all.")
+@http_port_option
+@click.option("--grpc-port", type=click.IntRange(1, 65535), default=8001, show_default=True)
+@click.option("--metrics-port", type=click.IntRange(1, 65535), default=8002, show_default=True)
+@click.option("--repository", type=click.Path(path_type=Path), help="Model repository.  [default: ./model_repository]")
+@click.option("--gpus", help="GPU ids, as in 0,1.  [default: all; or FLUX_GPUS and RERANK_GPUS]")
+@click.option("--model", "models_", multiple=True, help="Serve this model only. Repeat it for several.")
+@click.option("--instances", multiple=True, metavar="MODEL=N", help="Instances of a model on each device.")
+@click.option("--detach", is_flag=True, help="Return when the server is ready, and leave it running.")
+@click.option("-v", "--verbose", is_flag=True, help="Show Triton's informational log lines too.")
+@json_option
+def serve(
+    repository: Path | None,
+    gpus: str | None,
+    models_: tuple[str, ...],
+    instances: tuple[str, ...],
+    detach: bool,
+    as_json: bool,
+    **addresses: Any,
+) -> None:
+    """Start Triton with the model repository, and keep it running until Ctrl-C."""
+    from genserve.serve.options import ServeError, ServeOptions
+    from genserve.serve.server import Server, start_detached
+
+    options = ServeOptions(
+        models=models_, gpus=_gpus(gpus), instances=dict(map(_instance_count, instances)), **addresses
+    )
+    if repository:
+        options = replace(options, repository=repository.absolute())
+    try:
+        if detach:
+            state = start_detached([word for word in sys.argv[2:] if word != "--detach"], options)
+            _print_addresses({**options.addresses, "log": str(state.log)}, as_json=as_json)
+        else:
+            Server(options, on_ready=lambda: _print_addresses(options.addresses, as_json=as_json)).run()
+    except ServeError as error:
+        fail(str(error))
+
+
+def _print_addresses(addresses: dict[str, str], *, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(addresses))
+    else:
+        for name, address in addresses.items():
+            click.echo(f"{name:<8} {address}")
+
+
+def _gpus(text: str | None) -> tuple[int, ...] | None:
+    from genserve.serve.repository import parse_gpus
+
+    try:
+        return parse_gpus(text or "")
+    except ValueError:
+        raise click.BadParameter(f"{text!r}; allowed: GPU ids as in 0,1", param_hint="--gpus") from None
+
+
+def _instance_count(text: str) -> tuple[str, int]:
+    model, _, count = text.partition("=")
+    if not count.isdecimal() or not 1 <= int(count) <= 64:
+        raise click.BadParameter(f"{text!r}; allowed: MODEL=N, N from 1 to 64", param_hint="--instances")
+    return model, int(count)
+
+
+@click.command()
+@http_port_option
+@json_option
+def stop(http_port: int, as_json: bool) -> None:
+    """End the server on that HTTP port, after its requests in flight have finished."""
+    from genserve.serve.options import ServeError
+    from genserve.serve.state import stop_server
+
+    try:
+        if stop_server(http_port):
+            stopped = {"stopped": http_port}
+            click.echo(json.dumps(stopped) if as_json else f"stopped the server on HTTP port {http_port}")
+        else:
+            fail(f"no server that `genserve serve` started runs on HTTP port {http_port}")
+    except ServeError as error:
+        fail(str(error))
+
+
+@click.command()
+@http_port_option
+@server_options
+@json_option
+def doctor(http_port: int, servers: Servers, as_json: bool) -> None:
+    """Check what serving needs on this machine, and say what to do about what is missing.
+
+    With --url, check that those servers are ready instead.
+    """
+    from genserve.serve.doctor import examine, examine_servers
+
+    if servers.are_given:
+        with servers.client() as client:
+            findings = examine_servers(client.status())
+    else:
+        findings = examine(http_port)
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in findings]))
+    else:
+        for finding in findings:
+            click.echo(f"{finding.state:<5} {finding.subject:<12} {finding.detail}")
+    failed = [finding for finding in findings if finding.state == "fail"]
+    if failed:
+        fail(f"{len(failed)} of {len(findings)} checks failed")
+
+
+VERBS = (serve, stop, doctor)

@@ -1,0 +1,103 @@
+"""Parts of both protocols: tensors, parameters, and the translation of failures."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import urllib3
+from tritonclient.utils import InferenceServerException
+
+from genserve.errors import (
+    DeadlineExceeded,
+    GenServeError,
+    NotAllowed,
+    ServerError,
+    ServerUnavailable,
+    from_answer,
+)
+from genserve.protocol import DTYPES, Call, Outputs
+from genserve.retry import parse_retry_after
+
+PROBE_TIMEOUT_S = 5.0
+"""For questions that a healthy server answers at once."""
+
+
+def input_tensor(kind: Any, name: str, array: Any) -> Any:
+    """Return tritonclient's form of an input; `kind` is the protocol's InferInput."""
+    tensor = kind(name, list(array.shape), DTYPES[name])
+    tensor.set_data_from_numpy(array)
+    return tensor
+
+
+def infer_options(call: Call, timeout_s: float) -> dict[str, Any]:
+    """Return the options of tritonclient that are the same over both protocols.
+
+    The time that is left limits the wait in the server's queue and the run. Triton orders its queue by the priority
+    but does not tell the model: the engine hears of it by a parameter.
+    """
+    return {
+        "request_id": call.request_id,
+        "priority": call.priority,
+        "parameters": {"priority_level": call.priority},
+        "timeout": max(1, round(timeout_s * 1e6)),
+    }
+
+
+def read_outputs(result: Any, call: Call) -> Outputs:
+    """Return the tensors that the call wants.
+
+    Raises:
+        KeyError: The answer lacks one.
+    """
+    outputs = {name: result.as_numpy(name) for name in call.outputs}
+    missing = [name for name, array in outputs.items() if array is None]
+    if missing:
+        raise KeyError(*missing)
+    return outputs
+
+
+def answer_error(
+    url: str, status: str | None, message: str, *, request_id: str = "", retry_after: str | None = None
+) -> GenServeError:
+    """Return the exception for an error answer; one that is about the server, not the request, names the server."""
+    error = from_answer(status, message, request_id=request_id, retry_after=parse_retry_after(retry_after))
+    return type(error)(f"{url}: {error}") if isinstance(error, (ServerUnavailable, NotAllowed)) else error
+
+
+@contextlib.contextmanager
+def translated(url: str, request_id: str = "") -> Iterator[None]:
+    """Turn whatever tritonclient and the network raise into a GenServeError."""
+    try:
+        yield
+    except InferenceServerException as error:
+        raise answer_error(
+            url, error.status(), error.message() or "", request_id=request_id, retry_after=_retry_after(error)
+        ) from error
+    except urllib3.exceptions.ReadTimeoutError as error:
+        raise DeadlineExceeded(f"{url} did not answer in time") from error
+    except (urllib3.exceptions.HTTPError, OSError) as error:
+        raise ServerUnavailable(f"{url}: {_reason(error)}") from error
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ServerError(f"{url} sent an answer that is not Triton's: {error}") from error
+
+
+def _retry_after(error: InferenceServerException) -> str | None:
+    """Return the header of a gRPC answer, which tritonclient keeps in the exception that it replaces."""
+    replaced = error.__context__
+    for read in (getattr(replaced, "initial_metadata", None), getattr(replaced, "trailing_metadata", None)):
+        for name, value in (read() if read else None) or ():
+            if name == "retry-after":
+                return str(value)
+    return None
+
+
+def _reason(error: Exception) -> str:
+    """Return the operating system's words for a failed connection, where it was that."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return str(error)
