@@ -34,10 +34,12 @@ from genserve.serve.process import SHM_FOLDER, SHM_PREFIX
 from perf_server import own_server
 
 HANG_TIMEOUT_S = 5.0
-RETRY_FOR_S = 120.0
-TIMEOUT_S = 200.0
-PAUSE_S = (3.0, 15.0)
-"""Seconds between two faults, drawn evenly."""
+RETRY_FOR_S = 300.0
+TIMEOUT_S = 400.0
+READY_SHARE = 0.7
+"""Share of the faults that wait for the server to be ready; the others may strike while it starts."""
+PAUSE_S = (1.0, 8.0)
+"""Seconds before a fault, drawn evenly."""
 SAME_MODEL_PAUSE_S = 20.0
 """Seconds between two faults of one model's worker: a request in flight at two deaths is given up by design."""
 SIGNALS = (signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP)
@@ -208,16 +210,20 @@ class Faults:
 
     Args:
         mark: Which processes are this run's.
+        url: The server's HTTP address.
         seed: Decides who is hit, when and how.
     """
 
-    def __init__(self, mark: str, *, seed: int) -> None:
+    def __init__(self, mark: str, url: str, *, seed: int) -> None:
         self._mark = mark
+        self._url = url
         self._draw = random.Random(f"faults {seed}")  # noqa: S311
         self._worker_hit: dict[str, float] = {}
 
     def hit(self, *, since: float) -> Fault:
         """Pause, then kill or stop one process, and return what was done."""
+        if self._draw.random() < READY_SHARE:
+            self._wait_ready()
         time.sleep(self._draw.uniform(*PAUSE_S))
         number = self._draw.choice(SIGNALS)
         while True:
@@ -237,6 +243,11 @@ class Faults:
             if is_worker:
                 self._worker_hit[target] = now
             return Fault(round(now - since, 1), target, number.name, process.pid)
+
+    def _wait_ready(self) -> None:
+        with Client(self._url) as client:
+            while not client.health():
+                time.sleep(0.2)
 
     def find(self, target: str) -> psutil.Process | None:
         """Return the process of that name."""
@@ -268,11 +279,12 @@ def _model_of(worker: psutil.Process) -> str | None:
     return next((model for model in ("flux", "rerank") if f"/{model}/1/model.py" in stub), None)
 
 
-def run(*, seconds: float, seed: int, callers: int, log: Path) -> Report:
+def run(*, seconds: float, count: int, seed: int, callers: int, log: Path) -> Report:
     """Run the whole experiment.
 
     Args:
-        seconds: Length of the load with faults.
+        seconds: Length of the load with faults, at least.
+        count: Faults, at least.
         seed: Decides requests and faults.
         callers: Requests in flight for each model and protocol.
         log: Copy of the server's log.
@@ -283,15 +295,16 @@ def run(*, seconds: float, seed: int, callers: int, log: Path) -> Report:
     mark = f"{os.getpid()}-{seed}"
     report = Report(seed, seconds)
     segments = set(SHM_FOLDER.glob(f"{SHM_PREFIX}-*"))
-    faults = Faults(mark, seed=seed)
     environment = {"HANG_TIMEOUT": str(HANG_TIMEOUT_S), MARK_ENV: mark}
     with own_server(("flux", "rerank", "tasks"), log=log, environment=environment) as addresses:
+        faults = Faults(mark, f"http://{addresses['http']}", seed=seed)
         load = Load(dict(addresses), report, callers=callers, seed=seed)
         load.ask_once()
         started = time.monotonic()
         with load.running():
-            while time.monotonic() - started < seconds:
+            while time.monotonic() - started < seconds or len(report.faults) < count:
                 report.faults.append(faults.hit(since=started))
+            report.seconds = time.monotonic() - started
     report.leftover = [f"process {process.pid}: {' '.join(line)[:120]}" for process, line in faults.processes()]
     report.leftover += [str(path) for path in sorted(set(SHM_FOLDER.glob(f"{SHM_PREFIX}-*")) - segments)]
     return report
@@ -299,7 +312,7 @@ def run(*, seconds: float, seed: int, callers: int, log: Path) -> Report:
 
 def table(report: Report) -> Table:
     """Render the report."""
-    result = Table("", "", title=f"{report.seconds:g} s of load, seed {report.seed}", show_header=False)
+    result = Table("", "", title=f"{report.seconds:.0f} s of load, seed {report.seed}", show_header=False)
     hits = Counter(f"{fault.signal} {fault.target}" for fault in report.faults)
     result.add_row("faults", f"{len(report.faults)}: " + ", ".join(f"{hits[hit]} {hit}" for hit in sorted(hits)))
     result.add_row("requests", str(report.sent))
@@ -316,18 +329,20 @@ def table(report: Report) -> Table:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option("--seconds", type=click.FloatRange(min=1), default=300.0, show_default=True, help="Length of the load.")
+@click.option("--seconds", type=click.FloatRange(min=1), default=300.0, show_default=True, help="Length of the load, at least.")
+@click.option("--faults", "count", type=click.IntRange(min=1), default=20, show_default=True, help="At least so many.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Decides requests and faults.")
 @click.option(
     "--callers", type=click.IntRange(1, 64), default=3, show_default=True, help="For each model and protocol."
 )
 @click.option("--log", type=click.Path(path_type=Path), help="Where to copy the server's log.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def main(seconds: float, seed: int, callers: int, log: Path | None, as_json: bool) -> None:
+def main(seconds: float, count: int, seed: int, callers: int, log: Path | None, as_json: bool) -> None:
     """Kill and stop processes of a server under load; fail unless every request is answered rightly."""
     with tempfile.TemporaryDirectory(prefix="genserve-faults-") as folder:
         try:
-            report = run(seconds=seconds, seed=seed, callers=callers, log=log or Path(folder) / "server.log")
+            log = log or Path(folder) / "server.log"
+            report = run(seconds=seconds, count=count, seed=seed, callers=callers, log=log)
         except (ServeError, GenServeError) as error:
             click.echo(f"random_faults: {' '.join(str(error).split())}", err=True)
             sys.exit(1)

@@ -11,6 +11,8 @@ from diffusers import FluxPipeline
 from flux_engine import EngineRun, pixels
 from pictures import Pixels, same
 
+from genserve_backend.flux import denoise
+from genserve_backend.flux.attention import complex_rotation, real_rotation, rotate
 from genserve_backend.flux.checkpoint import FluxCheckpoint
 from genserve_backend.flux.request import FluxRequest, FluxResult
 from make_flux import make_flux
@@ -72,6 +74,32 @@ def test_the_image_is_diffusers_image(engine: EngineRun, plain: FluxPipeline, ca
     request = engine.parse(**{"SEED": 11, **CASES[case]})
     (image,) = engine.images(request)
     assert np.abs(image - reference(plain, request)).max() <= 1
+
+
+@pytest.mark.parametrize("guided", [False, True], ids=["plain", "true-cfg"])
+def test_the_rotation_of_gpus_makes_the_same_images(
+    guided: bool, checkpoint: FluxCheckpoint, plain: FluxPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(denoise, "complex_rotation", real_rotation)
+    engine = EngineRun(checkpoint, max_padding=10.0)
+    more = {"NEGATIVE_PROMPT": "green"} if guided else {}
+    requests = [engine.parse(SEED=5, STEPS=4, **size, **more) for size in ({}, {"HEIGHT": 64, "WIDTH": 160})]
+    for request, image in zip(requests, engine.images(*requests), strict=True):
+        assert np.abs(image - reference(plain, request)).max() <= 1
+
+
+def test_both_rotations_turn_alike() -> None:
+    draw = torch.Generator().manual_seed(0)
+    states = torch.randn(2, 7, 3, 16, generator=draw)
+    angles = torch.rand(7, 8, generator=draw) * 6
+    cosines, sines = (part.repeat_interleave(2, dim=-1) for part in (angles.cos(), angles.sin()))
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2e-2)):
+        one, other = (
+            rotate(states.to(dtype), rotation(cosines, sines)[None, :, None])
+            for rotation in (complex_rotation, real_rotation)
+        )
+        assert one.dtype == other.dtype == dtype
+        assert (one.float() - other.float()).abs().max() <= tolerance
 
 
 def test_all_at_once_are_diffusers_images(engine: EngineRun, plain: FluxPipeline) -> None:

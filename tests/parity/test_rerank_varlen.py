@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.nn import functional
 from turned_engine import TurnedEngine
 
 from genserve_backend.rerank import varlen
+from genserve_backend.rerank.attention import choose_kernels
 from genserve_backend.rerank.load import build
 from genserve_backend.rerank.request import RerankRequest
 from genserve_backend.settings import RerankSettings
@@ -21,7 +23,12 @@ DOCUMENTS = ("a", "giant panda", "Paris is the capital of France. " * 9, "", "th
 
 
 class SimulatedKernel:
-    """What torch's documentation says of ``varlen_attn``, by a mask over all pairs of tokens."""
+    """A stand-in for ``varlen_attn`` of torch 2.13, as its documentation has it, by a mask over all pairs of tokens."""
+
+    takes_groups = True
+    """Whether keys may have fewer heads than queries."""
+    takes_splits = True
+    """Whether the build under it takes a number of splits."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -36,16 +43,33 @@ class SimulatedKernel:
         max_q: int,
         max_k: int,
         *,
-        scale: float | None,
-        window_size: tuple[int, int],
-        enable_gqa: bool,
-        num_splits: int,
+        scale: float | None = None,
+        window_size: tuple[int, int] = (-1, -1),
+        enable_gqa: bool = False,
+        num_splits: int | None = None,
     ) -> torch.Tensor:
         self.calls += 1
+        grouped = query.shape[1] != key.shape[1]
+        if grouped and not (self.takes_groups and enable_gqa):
+            raise ValueError("Try setting enable_gqa=True for GQA.")
+        if num_splits is not None and not self.takes_splits:
+            raise RuntimeError("num_splits is not supported with FlashAttention-2")
+        return self.attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
+
+    @staticmethod
+    def attend(
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_seq_q: torch.Tensor,
+        cu_seq_k: torch.Tensor,
+        max_q: int,
+        max_k: int,
+        scale: float | None,
+        window_size: tuple[int, int],
+    ) -> torch.Tensor:
         assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
-        assert enable_gqa == (query.shape[1] != key.shape[1])
         assert (max_q, max_k) == (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max()))
-        assert num_splits == 1
         left, right = window_size
         parts = []
         for sequence in range(len(cu_seq_q) - 1):
@@ -59,10 +83,95 @@ class SimulatedKernel:
                 *(states.transpose(0, 1)[None] for states in (mine, keys, values)),
                 attn_mask=mask,
                 scale=scale,
-                enable_gqa=enable_gqa,
+                enable_gqa=mine.shape[1] != keys.shape[1],
             )
             parts.append(attended[0].transpose(0, 1))
         return torch.cat(parts)
+
+
+class Torch212(SimulatedKernel):
+    """The same of torch 2.12: its signature has a number of splits, its FlashAttention-2 build refuses it."""
+
+    takes_splits = False
+
+
+class Torch211(SimulatedKernel):
+    """The same of torch 2.11: neither groups nor splits by name, groups by the kernel itself."""
+
+    def __call__(  # type: ignore[override]
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cu_seq_q: torch.Tensor,
+        cu_seq_k: torch.Tensor,
+        max_q: int,
+        max_k: int,
+        *,
+        scale: float | None = None,
+        window_size: tuple[int, int] = (-1, -1),
+    ) -> torch.Tensor:
+        self.calls += 1
+        if query.shape[1] != key.shape[1] and not self.takes_groups:
+            raise RuntimeError("Number of heads in key/value must equal that in query")
+        return self.attend(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale, window_size)
+
+
+class Torch211WithoutGroups(Torch211):
+    """The same, with a kernel that takes no groups."""
+
+    takes_groups = False
+
+
+class Wrong(SimulatedKernel):
+    """A kernel that ignores the window."""
+
+    def __call__(self, *arguments: Any, window_size: tuple[int, int], **options: Any) -> torch.Tensor:
+        return super().__call__(*arguments, window_size=(-1, window_size[1]), **options)
+
+
+class Missing(SimulatedKernel):
+    """A build without the kernel."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> torch.Tensor:
+        raise RuntimeError("USE_FLASH_ATTENTION was not enabled for build.\nmore")
+
+
+KERNELS: dict[str, tuple[type[SimulatedKernel], varlen.Kernel | None]] = {
+    "2.13": (SimulatedKernel, varlen.Kernel(frozenset({"enable_gqa", "num_splits"}))),
+    "2.12": (Torch212, varlen.Kernel(frozenset({"enable_gqa"}))),
+    "2.11": (Torch211, varlen.Kernel(frozenset())),
+    "2.11-without-groups": (Torch211WithoutGroups, varlen.Kernel(frozenset(), repeat_heads=True)),
+    "wrong": (Wrong, None),
+    "missing": (Missing, None),
+}
+
+
+@pytest.fixture(autouse=True)
+def find_kernel_anew() -> Iterator[None]:
+    varlen.find_kernel.cache_clear()
+    yield
+    varlen.find_kernel.cache_clear()
+
+
+@pytest.mark.parametrize("version", KERNELS)
+def test_the_kernel_is_called_as_its_version_takes_it(
+    version: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kernel, expected = KERNELS[version]
+    monkeypatch.setattr(varlen, "varlen_attn", kernel())
+    assert varlen.find_kernel(torch.device("cpu"), torch.bfloat16) == expected
+    warnings = [record.__dict__["fields"]["reason"] for record in caplog.records]
+    assert bool(warnings) == (expected is None)
+    if version == "missing":
+        assert warnings == ["USE_FLASH_ATTENTION was not enabled for build."]
+    if version == "wrong":
+        assert "differ from float32" in warnings[0]
+
+
+def test_a_torch_without_the_kernel_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varlen, "varlen_attn", None)
+    assert varlen.find_kernel(torch.device("cpu"), torch.bfloat16) is None
 
 
 def scores(folder: Path, **settings: Any) -> list[list[float]]:
@@ -72,6 +181,7 @@ def scores(folder: Path, **settings: Any) -> list[list[float]]:
     return [result.scores for result in engine.results(*requests)]
 
 
+@pytest.mark.parametrize("version", ["2.13", "2.12", "2.11", "2.11-without-groups"])
 @pytest.mark.parametrize("prefix_cache_bytes", [0, 2**20])
 @pytest.mark.parametrize(
     "make",
@@ -83,11 +193,15 @@ def scores(folder: Path, **settings: Any) -> list[list[float]]:
     ],
 )
 def test_the_kernel_is_given_what_it_needs(
-    make: Callable[[Path], Path], prefix_cache_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make: Callable[[Path], Path],
+    prefix_cache_bytes: int,
+    version: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = make(tmp_path)
     expected = scores(folder, prefix_cache_bytes=prefix_cache_bytes)
-    kernel = SimulatedKernel()
+    kernel = KERNELS[version][0]()
     monkeypatch.setattr(varlen, "varlen_attn", kernel)
     monkeypatch.setattr(varlen, "serves", lambda query: True)
     for one, other in zip(scores(folder, prefix_cache_bytes=prefix_cache_bytes), expected, strict=True):
@@ -95,13 +209,37 @@ def test_the_kernel_is_given_what_it_needs(
     assert kernel.calls
 
 
-def test_torchs_kernel_takes_these_arguments() -> None:
-    assert varlen.varlen_attn is not None
-    on_gpu = torch.empty(1, 2, 3, 64, dtype=torch.bfloat16, device="meta")
-    assert not varlen.serves(on_gpu), "no GPU"
-    fake = type("OnGpu", (), {"is_cuda": True, "dtype": torch.bfloat16, "shape": (1, 2, 3, 64)})()
+def test_only_what_the_kernel_takes_goes_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(varlen, "find_kernel", lambda device, dtype: varlen.Kernel(frozenset()))
+    on_cpu = torch.empty(1, 2, 3, 64, dtype=torch.bfloat16)
+    assert not varlen.serves(on_cpu), "no GPU"
+    shape = (1, 2, 3, 64)
+    fake = type("OnGpu", (), {"is_cuda": True, "dtype": torch.bfloat16, "shape": shape, "device": "cuda:0"})()
     assert varlen.serves(fake)
     fake.shape = (1, 2, 3, 20)
     assert not varlen.serves(fake), "no multiple of 8"
-    fake.shape, fake.dtype = (1, 2, 3, 64), torch.float32
-    assert not varlen.serves(fake)
+    fake.shape = (1, 2, 3, 512)
+    assert not varlen.serves(fake), "too wide"
+    fake.shape, fake.dtype = shape, torch.float32
+    assert not varlen.serves(fake), "not half precision"
+    fake.dtype = torch.bfloat16
+    monkeypatch.setattr(varlen, "find_kernel", lambda device, dtype: None)
+    assert not varlen.serves(fake), "no kernel that works"
+
+
+def test_the_reranker_leaves_cudnn_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", asked.append)
+    monkeypatch.setattr(varlen, "find_kernel", lambda *arguments: asked.append(arguments))
+    choose_kernels(torch.device("cpu"), torch.bfloat16)
+    assert asked == []
+    choose_kernels(torch.device("cuda:0"), torch.bfloat16)
+    assert asked == [False, (torch.device("cuda:0"), torch.bfloat16)]
+    choose_kernels(torch.device("cuda:0"), torch.float32)
+    assert asked[2:] == [False]
+
+
+def test_torch_has_the_kernel() -> None:
+    """With the arguments that are passed to it."""
+    known = inspect.signature(varlen.varlen_attn).parameters.keys()
+    assert {"scale", "window_size", "enable_gqa", "num_splits"} <= known

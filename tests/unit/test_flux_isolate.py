@@ -43,6 +43,42 @@ def do(
     return "".join(sorted(done)), failed
 
 
+def accelerator_error(message: str, code: int) -> torch.AcceleratorError:
+    error = torch.AcceleratorError(message)
+    error.error_code = code
+    return error
+
+
+OUT_OF_MEMORY = {
+    "torch": torch.OutOfMemoryError("CUDA out of memory"),
+    "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "cudnn": RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    "cudnn-9": RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+    "cuda": accelerator_error("CUDA error: out of memory", 2),
+}
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY)
+def test_every_way_to_say_out_of_memory_is_one(error: str) -> None:
+    done, failed = do(Work({"c": OUT_OF_MEMORY[error]}))
+    assert done == "abdefgh"
+    (failure,) = failed.values()
+    assert type(failure) is OutOfMemory
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        accelerator_error("CUDA error: an illegal memory access was encountered", 700),
+        torch.AcceleratorError("CUDA error: unspecified launch failure"),
+    ],
+    ids=["illegal-access", "launch-failure"],
+)
+def test_a_device_that_fails_for_good_is_lost(error: torch.AcceleratorError) -> None:
+    with pytest.raises(DeviceLost):
+        do(Work({"c": error}))
+
+
 def test_where_all_is_well_the_work_is_done_once() -> None:
     work = Work()
     assert do(work) == ("abcdefgh", {})

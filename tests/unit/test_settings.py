@@ -169,7 +169,8 @@ def test_torch_is_limited_only_where_that_is_asked_for(environ: dict[str, str], 
 @pytest.mark.parametrize(
     ("device", "environ", "expected"),
     [
-        ("cuda:1", {}, ()),
+        ("cuda:1", {}, (1,)),
+        ("cpu", {}, ()),
         ("cpu", {"ENGINE": "vllm"}, ()),
         ("cuda:1", {"ENGINE": "vllm"}, (1,)),
         ("cuda:1", {"ENGINE": "vllm", "TENSOR_PARALLEL_SIZE": "2"}, (1, 2)),
@@ -180,8 +181,22 @@ def test_torch_is_limited_only_where_that_is_asked_for(environ: dict[str, str], 
 )
 def test_the_gpus_of_an_instance(device: str, environ: dict[str, str], expected: tuple[int, ...]) -> None:
     parameters = {"gpu_groups": environ["gpu_groups"]} if "gpu_groups" in environ else {}
-    assert rerank(parameters, **environ).gpus_of_its_own(device) == expected
-    assert flux().gpus_of_its_own(device) == ()
+    assert rerank(parameters, **environ).gpus(device) == expected
+
+
+def test_an_image_instance_has_one_gpu() -> None:
+    assert flux().gpus("cuda:3") == (3,)
+    assert flux().gpus("cpu") == ()
+
+
+@pytest.mark.parametrize(
+    ("environ", "device", "expected"),
+    [({}, "cpu", 0.25), ({}, "cuda", 0.0), ({"max_padding": "1"}, "cuda", 1.0)],
+    ids=str,
+)
+def test_sizes_are_padded_where_that_was_measured(environ: dict[str, str], device: str, expected: float) -> None:
+    settings = load(FluxSettings, {"model_path": "/f", **environ}, repository=Path("/"), environ={})
+    assert settings.padding_limit(device) == expected
 
 
 # The size of the reranker.

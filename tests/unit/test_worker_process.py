@@ -45,10 +45,31 @@ def test_vllm_sees_its_group_alone(
     assert os.environ[VISIBLE_GPUS_ENV] == expected
 
 
-@pytest.mark.parametrize(("device", "engine"), [("cuda:1", "torch"), ("cpu", "vllm")], ids=str)
-def test_others_see_all(device: str, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("device", "visible", "expected"),
+    [
+        ("cuda:0", None, "0"),
+        ("cuda:3", None, "3"),
+        ("cuda:1", "4,7,6", "7"),
+        ("cuda:1", "GPU-a,GPU-b", "GPU-b"),
+        ("cuda:0", "MIG-c", "MIG-c"),
+    ],
+    ids=str,
+)
+def test_a_worker_sees_its_own_gpu_alone(
+    device: str, visible: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VISIBLE_GPUS_ENV, visible or "")
+    if visible is None:
+        monkeypatch.delenv(VISIBLE_GPUS_ENV)
+    assert keep_gpus(start(device)) == "cuda:0"
+    assert os.environ[VISIBLE_GPUS_ENV] == expected
+
+
+@pytest.mark.parametrize("engine", ["torch", "vllm"])
+def test_a_worker_on_the_cpu_hides_nothing(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VISIBLE_GPUS_ENV, "4,7,6")
-    assert keep_gpus(start(device, engine=engine)) == device
+    assert keep_gpus(start("cpu", engine=engine)) == "cpu"
     assert os.environ[VISIBLE_GPUS_ENV] == "4,7,6"
 
 
@@ -66,8 +87,8 @@ def test_gpus_are_hidden_before_torch_is_there() -> None:
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ({}, [("device", "cuda:1")]),
-        ({"gpu_memory_utilization": 0.5}, [("device", "cuda:1"), ("share", 0.5, "cuda:1")]),
+        ({}, []),
+        ({"gpu_memory_utilization": 0.5}, [("share", 0.5, "cuda:0")]),
         ({"gpu_memory_utilization": 0.5, "engine": "vllm"}, []),
     ],
     ids=["free", "limited", "vllm"],
@@ -77,10 +98,9 @@ def test_the_memory_that_torch_may_take(
 ) -> None:
     calls: list[Any] = []
     monkeypatch.setenv(VISIBLE_GPUS_ENV, "")
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(("device", device)))
     monkeypatch.setattr(
         torch.cuda, "set_per_process_memory_fraction", lambda share, device: calls.append(("share", share, device))
     )
     device: Any = load_engine(start("cuda:1", **settings), lambda event: None)
     assert calls == expected
-    assert device == ("cuda:1" if expected else "cuda:0")
+    assert device == "cuda:0"

@@ -12,8 +12,7 @@ from torch.nn import functional
 class RaggedAttention:
     """Stands in for diffusers' ``FluxAttnProcessor``: the same arithmetic, but each row has positions of its own.
 
-    It takes two more arguments, which reach it through the transformer's ``joint_attention_kwargs``. The rotation is a
-    complex product: diffusers' way to swap pairs of numbers took a third of the whole forward on a CPU.
+    It takes two more arguments, which reach it through the transformer's ``joint_attention_kwargs``.
     """
 
     def __call__(
@@ -34,7 +33,8 @@ class RaggedAttention:
             encoder_hidden_states: ``[B, T, D]``, the text tokens of a double block.
             attention_mask: Bool ``[B, 1, 1, T + S]``, false where a row is padding; None where none is.
             image_rotary_emb: What the transformer has made for one row; not used.
-            rotation: Complex64 ``[B or 1, T + S, 1, head / 2]``.
+            rotation: Complex64 ``[B or 1, T + S, 1, head / 2]``, or float32 ``[B or 1, T + S, 1, head / 2, 2]`` with
+                cosines and sines: see `complex_rotation` and `real_rotation`.
         """
         query, key, value = (
             project(hidden_states).unflatten(-1, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
@@ -67,10 +67,30 @@ class RaggedAttention:
 
 def rotate(states: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     """Turn each pair of numbers of ``[B, S, heads, head]`` by its position's angle, in float32."""
-    pairs = torch.view_as_complex(states.float().reshape(*states.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * rotation).flatten(-2).to(states.dtype)
+    if rotation.is_complex():
+        pairs = torch.view_as_complex(states.float().reshape(*states.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * rotation).flatten(-2).to(states.dtype)
+    turned = torch.empty(states.shape, dtype=states.dtype, device=states.device)
+    first, second = states.reshape(*states.shape[:-1], -1, 2).unbind(-1)
+    new_first, new_second = turned.view(*states.shape[:-1], -1, 2).unbind(-1)
+    cosines, sines = rotation.unbind(-1)
+    # Sums are rounded to the states' dtype as they are written: two passes over memory for each half.
+    torch.addcmul(first * cosines, second, sines, value=-1, out=new_first)
+    torch.addcmul(second * cosines, first, sines, out=new_second)
+    return turned
 
 
-def rotation_of(cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """The positions' angles as ``FluxPosEmbed`` gives them, ``[S, head]`` with each number twice, as complex64."""
+def complex_rotation(cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    """Return the positions' angles, ``[S, head]`` with each number twice as ``FluxPosEmbed`` gives them, as complex64.
+
+    For CPUs: diffusers' way to swap pairs of numbers took a third of the demo's whole forward.
+    """
     return torch.complex(cosines[:, ::2].float(), sines[:, ::2].float())
+
+
+def real_rotation(cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
+    """Return the same as float32 ``[S, head / 2, 2]``, cosine and sine.
+
+    For GPUs: a complex product there reads and writes float32 copies of all states, and Inductor makes no code for it.
+    """
+    return torch.stack([cosines[:, ::2], sines[:, ::2]], dim=-1).float()

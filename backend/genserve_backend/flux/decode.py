@@ -6,18 +6,16 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
-from typing import Any
 
 import torch
 from diffusers import FluxPipeline
 from PIL import Image as PilImage
 
-from genserve_backend.devices import step_aside
-from genserve_backend.errors import RequestError
+from genserve_backend.devices import finish, hand_over, mark, own_stream, step_aside
+from genserve_backend.errors import RequestError, ServerError
 from genserve_backend.flux.image import Image
 from genserve_backend.flux.images import encode, generation_settings
 from genserve_backend.flux.keep import Keeper
@@ -42,6 +40,8 @@ class Finished:
     """Latents on their way to a file."""
 
     image: Image
+    ready: torch.cuda.Event | None
+    """On a GPU: the engine's stream has got to the end of its last step."""
     at: float = field(default_factory=time.monotonic)
 
 
@@ -74,10 +74,10 @@ class Decoder:
             start_thread(partial(self._write_all, busy), name=f"write-{number}")
 
     def put(self, image: Image) -> None:
-        """Take an image; it is answered in any case."""
+        """Take an image, whose last step the caller's stream may still be at; it is answered in any case."""
         with self._lock:
             self._pending += 1
-        self._queue.put(Finished(image))
+        self._queue.put(Finished(image, mark(self._vae.device)))
 
     @property
     def pending(self) -> int:
@@ -96,11 +96,7 @@ class Decoder:
 
     def _run(self) -> None:
         step_aside()
-        stream: AbstractContextManager[Any] = nullcontext()
-        if self._vae.device.type == "cuda":
-            # Of its own, so that it runs beside the next step.
-            stream = torch.cuda.stream(torch.cuda.Stream(self._vae.device))  # type: ignore[no-untyped-call]
-        with torch.inference_mode(), stream:
+        with torch.inference_mode(), own_stream(self._vae.device):  # beside the next step
             held: Finished | None = None
             while True:
                 batch = [held or self._queue.get()]
@@ -126,7 +122,11 @@ class Decoder:
             if error := finished.image.job.end():
                 self._fail(finished.image, error)
             else:
+                hand_over(finished.image.latents, finished.ready)
                 alive[finished.image] = finished
+        for image in _not_finite(list(alive)):
+            self._fail(image, ServerError("the latents are not finite"))
+            del alive[image]
         pictures: dict[Image, PilImage.Image] = {}
         if alive:
             pictures, failed = isolate(self._pictures, list(alive), name=lambda image: image.name)
@@ -144,6 +144,7 @@ class Decoder:
         latents = pipeline._unpack_latents(packed, request.height, request.width, pipeline.vae_scale_factor)
         config = self._vae.config
         pixels = self._vae.decode(latents / config.scaling_factor + config.shift_factor, return_dict=False)[0]
+        finish(pixels.device)
         pictures: list[PilImage.Image] = pipeline.image_processor.postprocess(pixels, output_type="pil")
         return pictures
 
@@ -187,3 +188,12 @@ class Decoder:
         with self._lock:
             self._pending -= 1
         self._emit(Failed(image.job.submit.job, error))
+
+
+def _not_finite(images: Sequence[Image]) -> list[Image]:
+    """Return the images whose latents hold what is no number."""
+    if not images:
+        return []
+    finite = torch.stack([torch.isfinite(image.latents).all() for image in images])
+    finish(finite.device)
+    return [image for image, good in zip(images, finite.tolist(), strict=True) if not good]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
 from diffusers import FluxPipeline
 from torch.nn.utils.rnn import pad_sequence
 
-from genserve_backend.flux.attention import RaggedAttention, rotation_of
+from genserve_backend.devices import copy_together, mark, move
+from genserve_backend.flux.attention import RaggedAttention, complex_rotation, real_rotation
 from genserve_backend.flux.image import Image
+from genserve_backend.flux.schedule import SCHEDULES_KEPT, Schedule
 
 ROTATIONS_KEPT = 64
 
@@ -33,14 +36,16 @@ class Denoiser:
         self.dtype: torch.dtype = self._transformer.dtype
         self._text_length = max_sequence_length
         self._guidance_embeds = bool(self._transformer.config.guidance_embeds)
+        self._rotation_from = complex_rotation if self.device.type == "cpu" else real_rotation
         self._rotation = lru_cache(ROTATIONS_KEPT)(self._make_rotation)
+        self._plan = lru_cache(SCHEDULES_KEPT)(self._make_plan)
         self._batch: Batch | None = None
         self._queued: torch.cuda.Event | None = None
 
     def noise(self, image: Image) -> torch.Tensor:
         """The latents that an image starts from, packed ``[tokens, 64]``: FluxPipeline's for the same seed.
 
-        The generator is on the CPU whatever the device, so that a seed means the same noise everywhere.
+        The noise is drawn on the CPU whatever the device, so that a seed means the same everywhere.
         """
         latents, _ = self._pipeline.prepare_latents(
             1,
@@ -48,18 +53,22 @@ class Denoiser:
             image.request.height,
             image.request.width,
             self.dtype,
-            self.device,
+            torch.device("cpu"),
             torch.Generator("cpu").manual_seed(image.request.seed),
         )
-        packed: torch.Tensor = latents[0]
-        return packed
+        return move(latents[0], self.device)
 
     def step(self, images: Sequence[Image]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """New latents and the velocity for each image, both ``[tokens, 64]``. The images are left as they are."""
         batch = self._batch
         if batch is None or not batch.holds(images):
             self._batch = None  # before the next one is made, so that they never take memory together
-            batch = Batch(images, self.device, [self._rotation(*size) for size in map(_grid, images)])
+            batch = Batch(
+                images,
+                self.device,
+                rotations=[self._rotation(*size) for size in map(_grid, images)],
+                plans=[self._plan(image.schedule) for image in images],
+            )
         velocities = self._velocities(batch)
         latents = batch.advance(velocities)
         self._batch = batch
@@ -72,12 +81,9 @@ class Denoiser:
         A GPU only queues work: without an end to that, newcomers and cancellations would wait for all of it. One step
         ahead is enough to keep it busy.
         """
-        if self.device.type != "cuda":
-            return
-        if self._queued:
-            self._queued.synchronize()
-        self._queued = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._queued.record()
+        previous, self._queued = self._queued, mark(self.device)
+        if previous:
+            previous.synchronize()
 
     def _velocities(self, batch: Batch) -> torch.Tensor:
         """The transformer's answer for each image, ``[images, tokens, 64]``, guidance included."""
@@ -95,32 +101,54 @@ class Denoiser:
         )[0]
         return batch.guide(rows)
 
+    def _make_plan(self, schedule: Schedule) -> torch.Tensor:
+        """Return a schedule on the device: float32 ``[steps + 1, 2]``, sigma and timestep, the last timestep unused."""
+        return move(torch.tensor([schedule.sigmas, (*schedule.timesteps, 0.0)]).T.contiguous(), self.device)
+
     def _make_rotation(self, height: int, width: int) -> torch.Tensor:
-        """Complex64 ``[text + height * width, head / 2]`` for a grid of image tokens."""
-        ids = self._pipeline._prepare_latent_image_ids(1, height, width, self.device, self.dtype)
-        text_ids = torch.zeros(self._text_length, 3, device=self.device, dtype=self.dtype)
-        return rotation_of(*self._transformer.pos_embed(torch.cat((text_ids, ids))))
+        """Return the rotation of a grid of image tokens and the text before it, ``[text + height * width, ...]``."""
+        # On the CPU: diffusers' copies to a GPU would wait for the step that it is at.
+        ids = self._pipeline._prepare_latent_image_ids(1, height, width, torch.device("cpu"), self.dtype)
+        text_ids = torch.zeros(self._text_length, 3, dtype=self.dtype)
+        return move(self._rotation_from(*self._transformer.pos_embed(torch.cat((text_ids, ids)))), self.device)
 
 
 class Batch:
     """The rows of a forward for some images, kept from step to step while they stay the same.
 
     First one row an image, then one more for each that takes true classifier-free guidance. Where sizes differ, image
-    tokens are padded at the end and masked.
+    tokens are padded at the end and masked. Nothing here waits for the device: what a step needs of its schedule is
+    looked up there.
+
+    Args:
+        images: At least one.
+        device: The transformer's.
+        rotations: Of each image.
+        plans: Schedule of each image on the device, float32 ``[steps + 1, 2]``.
     """
 
-    def __init__(self, images: Sequence[Image], device: torch.device, rotations: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self,
+        images: Sequence[Image],
+        device: torch.device,
+        *,
+        rotations: Sequence[torch.Tensor],
+        plans: Sequence[torch.Tensor],
+    ) -> None:
         self._images = list(images)
         self._steps = [image.step for image in images]
         self._tokens = [image.tokens for image in images]
         self._device = device
-        self._guided = [index for index, image in enumerate(images) if image.negative]
-        self._row_image = torch.tensor([*range(len(images)), *self._guided], device=device)
+        guided = [index for index, image in enumerate(images) if image.negative]
+        starts = [0, *accumulate(map(len, plans))]
+        at = [start + image.step for start, image in zip(starts, images, strict=False)]
+        self._row_image, self._guided, self._at = copy_together([[*range(len(images)), *guided], guided, at], device)
+        self._plan = torch.cat(list(plans))
         embeddings = [image.prompt for image in images] + [image.negative for image in images if image.negative]
         self.text = torch.stack([embedding.tokens for embedding in embeddings])
         self.pooled = torch.stack([embedding.pooled for embedding in embeddings])
         self.guidance = self._column([image.request.guidance for image in images])
-        self._true_cfg = self._column([images[index].request.true_cfg_scale for index in self._guided])
+        self._true_cfg = self._column([images[index].request.true_cfg_scale for index in guided])
         self.no_ids = torch.zeros(1, 3, device=device, dtype=self.text.dtype)
         self.latents = pad_sequence([image.latents for image in images], batch_first=True)
         self.rotation, self.mask = self._positions(rotations)
@@ -134,30 +162,27 @@ class Batch:
 
     def rows(self, per_image: torch.Tensor) -> torch.Tensor:
         """``[images, ...]`` to ``[rows, ...]``."""
-        return per_image[self._row_image] if self._guided else per_image
+        return per_image[self._row_image] if len(self._guided) else per_image
 
     def timesteps(self) -> torch.Tensor:
         """Float32 ``[images]``."""
-        return self._column([image.schedule.timesteps[step] for image, step in self._progress()])
+        return self._plan[self._at, 1]
 
     def guide(self, rows: torch.Tensor) -> torch.Tensor:
         """``[rows, tokens, 64]`` to ``[images, tokens, 64]``, as FluxPipeline does, in the model's dtype."""
-        if not self._guided:
+        if not len(self._guided):
             return rows
         images, negative = rows[: len(self._images)], rows[len(self._images) :]
         scale = self._true_cfg[:, None, None]
         difference = images[self._guided] - negative
-        images = images.clone()
-        images[self._guided] = negative + (scale * difference.float()).to(negative.dtype)
-        return images
+        return images.index_copy(0, self._guided, negative + (scale * difference.float()).to(negative.dtype))
 
     def advance(self, velocities: torch.Tensor) -> torch.Tensor:
         """Take one Euler step, in float32 as the scheduler does, and keep the result for the next one."""
-        width = self._column([image.schedule.sigmas[step + 1] for image, step in self._progress()]) - self._column(
-            [image.schedule.sigmas[step] for image, step in self._progress()]
-        )
-        move = (width[:, None, None] * velocities.float()).to(velocities.dtype)
-        self.latents = (self.latents.float() + move).to(velocities.dtype)
+        width = self._plan[self._at + 1, 0] - self._plan[self._at, 0]
+        change = (width[:, None, None] * velocities.float()).to(velocities.dtype)
+        self.latents = (self.latents.float() + change).to(velocities.dtype)
+        self._at = self._at + 1
         self._steps = [step + 1 for step in self._steps]
         return self.latents
 
@@ -165,18 +190,15 @@ class Batch:
         """What belongs to each image, without its padding; views."""
         return [tuple(tensor[index, :tokens] for tensor in padded) for index, tokens in enumerate(self._tokens)]
 
-    def _progress(self) -> list[tuple[Image, int]]:
-        return list(zip(self._images, self._steps, strict=True))
-
     def _column(self, values: Sequence[float]) -> torch.Tensor:
-        return torch.tensor(values, device=self._device, dtype=torch.float32)
+        return move(torch.tensor(values, dtype=torch.float32), self._device)
 
     def _positions(self, rotations: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The rows' rotations, ``[rows or 1, T + S, 1, head / 2]``, and the mask where rows differ in length."""
+        """The rows' rotations, ``[rows or 1, T + S, 1, ...]``, and the mask where rows differ in length."""
         if all(rotation is rotations[0] for rotation in rotations):
             return rotations[0][None, :, None], None
         rotation = self.rows(pad_sequence(list(rotations), batch_first=True))[:, :, None]
-        lengths = self.rows(torch.tensor([len(each) for each in rotations], device=self._device))
+        lengths = self.rows(move(torch.tensor([len(each) for each in rotations]), self._device))
         mask = torch.arange(rotation.shape[1], device=self._device) < lengths[:, None]
         return rotation, mask[:, None, None]
 

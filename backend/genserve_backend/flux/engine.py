@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from genserve_backend.errors import RequestError, ServerError
+from genserve_backend.errors import RequestError
 from genserve_backend.flux.admission import Intake, arrange
 from genserve_backend.flux.batching import choose
 from genserve_backend.flux.decode import Decoder
@@ -67,6 +67,7 @@ class FluxEngine:
         self._reporter = reporter
         self._intake = intake
         self._settings = settings
+        self._max_padding = settings.padding_limit(denoiser.device.type)
         self._emit = emit
         self._inbox: Inbox[Submit | Cancel] = Inbox()
         self._jobs: WeakValueDictionary[int, Job] = WeakValueDictionary()  # those being decoded among them
@@ -184,7 +185,7 @@ class FluxEngine:
         """Run a forward for those whose turn it is, and hand on the images that are finished with it."""
         if time.monotonic() > self._fits_until:
             self._fits = self._settings.max_batched_tokens
-        batch = choose(self._running, tick=self._tick, max_tokens=self._fits, max_padding=self._settings.max_padding)
+        batch = choose(self._running, tick=self._tick, max_tokens=self._fits, max_padding=self._max_padding)
         self._tick += 1
         made, failed = isolate(self._forward, batch, name=lambda image: image.name)
         for image, error in failed.items():
@@ -212,9 +213,6 @@ class FluxEngine:
 
     def _finish(self, image: Image) -> None:
         self._forget(image)
-        if not torch.isfinite(image.latents).all():
-            self._emit(Failed(image.job.submit.job, ServerError("the latents are not finite")))
-            return
         image.denoise_s = time.monotonic() - image.denoise_started
         image.velocity = None
         self._decoder.put(image)

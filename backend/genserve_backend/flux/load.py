@@ -64,12 +64,18 @@ def assemble(pipeline: FluxPipeline, checkpoint: FluxCheckpoint, settings: FluxS
 
 
 def load_pipeline(checkpoint: FluxCheckpoint, settings: FluxSettings, device: str) -> FluxPipeline:
-    """The checkpoint's parts on the device."""
+    """Load the checkpoint's parts onto the device."""
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()  # or prompts that are cut to the tokenizer's length would be logged
     transformers.utils.logging.disable_progress_bar()
     dtype = resolve_dtype(settings.dtype, device)
-    pipeline = FluxPipeline.from_pretrained(checkpoint.path, dtype=dtype, local_files_only=True, use_safetensors=True)
+    pipeline = FluxPipeline.from_pretrained(
+        checkpoint.path,
+        dtype=dtype,
+        local_files_only=True,
+        use_safetensors=True,
+        device_map=torch.device(device).type,  # straight from the files, without a copy in the machine's memory
+    )
     pipeline.vae.to(memory_format=torch.channels_last)  # convolutions like it: the demo's decoder takes 2/3 of the time
     pipeline.to(device)
     for part in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.vae):

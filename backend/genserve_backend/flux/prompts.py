@@ -10,6 +10,7 @@ import torch
 from cachetools import LRUCache
 from diffusers import FluxPipeline
 
+from genserve_backend.devices import move
 from genserve_backend.errors import RequestError
 from genserve_backend.worker.isolate import isolate
 
@@ -75,9 +76,9 @@ class PromptEncoder:
         """What FluxPipeline's ``encode_prompt`` does, less its looking for adapters and for what was cut off."""
         pipeline, texts = self._pipeline, list(texts)
         clip = self._ids(pipeline.tokenizer, texts, pipeline.tokenizer_max_length)
-        pooled = pipeline.text_encoder(clip.to(pipeline.text_encoder.device)).pooler_output
+        pooled = pipeline.text_encoder(move(clip, pipeline.text_encoder.device)).pooler_output
         t5 = self._ids(pipeline.tokenizer_2, texts, self._max_sequence_length)
-        tokens = pipeline.text_encoder_2(t5.to(pipeline.text_encoder_2.device))[0]
+        tokens = pipeline.text_encoder_2(move(t5, pipeline.text_encoder_2.device))[0]
         # Copies, or one embedding that is kept would keep the whole batch's memory.
         return [Embedding(*pair) for pair in zip(map(torch.clone, tokens), map(torch.clone, pooled), strict=True)]
 

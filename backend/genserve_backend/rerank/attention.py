@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
@@ -16,7 +17,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from genserve_backend.devices import move
 from genserve_backend.rerank import varlen
+from genserve_backend.rerank.varlen import Offsets
 
 PACKED = "genserve_packed"
 """The name for ``config._attn_implementation``."""
@@ -48,6 +51,12 @@ class Packing:
         last: Whether the one position that is asked of a sequence is its last; else it is the first.
         prefixes: What each sequence continues, or None; only where attention is causal.
         keep: Whether to gather the keys and values of all tokens.
+
+    Attributes:
+        asked: int64 ``[sequences]`` on the device: the position that is asked of each, in the row of all tokens.
+        tokens: int64 ``[sequences]`` on the device: `lengths`.
+        query_offsets: Of all tokens, for the kernel.
+        key_offsets: The same, with what each sequence continues.
     """
 
     lengths: Sequence[int]
@@ -56,17 +65,36 @@ class Packing:
     keep: bool = False
     kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     """By layer, if `keep`."""
+    asked: Tensor = field(init=False)
+    tokens: Tensor = field(init=False)
+    query_offsets: Offsets = field(init=False)
+    key_offsets: Offsets = field(init=False)
 
     def __post_init__(self) -> None:
         self.ends = list(accumulate(self.lengths))
         """Where each sequence ends."""
 
     @property
-    def asked(self) -> list[int]:
-        """The position that is asked of each sequence, in the row of all tokens."""
-        if self.last:
-            return [end - 1 for end in self.ends]
-        return [0, *self.ends[:-1]]
+    def index_rows(self) -> list[list[int]]:
+        """The integers that `place` expects on the device."""
+        asked = [end - 1 for end in self.ends] if self.last else [0, *self.ends[:-1]]
+        return [asked, list(self.lengths), [0, *self.ends], [0, *accumulate(self._key_lengths)]]
+
+    def place(self, asked: Tensor, tokens: Tensor, query_offsets: Tensor, key_offsets: Tensor) -> None:
+        """Take over `index_rows`, which are on the device now."""
+        self.asked, self.tokens = asked, tokens
+        self.query_offsets = Offsets(query_offsets.to(torch.int32), max(self.lengths))
+        self.key_offsets = Offsets(key_offsets.to(torch.int32), max(self._key_lengths))
+
+    @cached_property
+    def asked_offsets(self) -> Offsets:
+        """Offsets of one query for each sequence."""
+        count = len(self.lengths)
+        return Offsets(torch.arange(count + 1, dtype=torch.int32, device=self.asked.device), 1)
+
+    @cached_property
+    def _key_lengths(self) -> list[int]:
+        return [self.skipped(index) + length for index, length in enumerate(self.lengths)]
 
     def skipped(self, sequence: int) -> int:
         """Tokens before a sequence that are known already."""
@@ -78,16 +106,33 @@ class Packing:
         return self.prefixes[sequence] if self.prefixes else None
 
     def prefixed(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of all tokens, and before each sequence's own those of what it continues."""
-        if not any(prefix is not None for prefix in self.prefixes):
+        """Return those of all tokens, and before each sequence's own those of what it continues."""
+        prefixes, sources = self._sources
+        if not prefixes:
             return key, value
-        pairs = []
+        keys, values = zip(*(prefix.layers[layer] for prefix in prefixes), strict=True)
+        return (
+            torch.cat([*keys, key], dim=2).index_select(2, sources),
+            torch.cat([*values, value], dim=2).index_select(2, sources),
+        )
+
+    @cached_property
+    def _sources(self) -> tuple[list[KeysValues], Tensor]:
+        """The different prefixes, and for each key its place behind them and all tokens: the same for every layer.
+
+        A few copies a layer, where slices of each sequence would be hundreds.
+        """
+        prefixes = list({id(prefix): prefix for prefix in self.prefixes if prefix is not None}.values())
+        ends = list(accumulate(prefix.length for prefix in prefixes))
+        starts = {id(prefix): end - prefix.length for prefix, end in zip(prefixes, ends, strict=True)}
+        own = ends[-1] if ends else 0
+        sources: list[int] = []
         for index, (length, end) in enumerate(zip(self.lengths, self.ends, strict=True)):
             if (prefix := self.prefix(index)) is not None:
-                pairs.append(prefix.layers[layer])
-            pairs.append((key[:, :, end - length : end], value[:, :, end - length : end]))
-        keys, values = zip(*pairs, strict=True)
-        return torch.cat(keys, dim=2), torch.cat(values, dim=2)
+                start = starts[id(prefix)]
+                sources += range(start, start + prefix.length)
+            sources += range(own + end - length, own + end)
+        return prefixes, move(torch.tensor(sources), self.asked.device)
 
     def keys_values(self, sequence: int) -> KeysValues:
         """What was kept of a sequence, and of the prefix before it."""
@@ -102,6 +147,15 @@ class Packing:
             # A copy, because a slice would keep the whole forward's.
             layers.append((pair[0].clone(), pair[1].clone()))
         return KeysValues(tuple(layers))
+
+
+def choose_kernels(device: torch.device, dtype: torch.dtype) -> None:
+    """Decide on a GPU's attention before the first request; nothing to do elsewhere."""
+    if device.type == "cuda":
+        # It makes a plan for every new combination of sizes and strides, and keeps them all.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        if dtype in varlen.DTYPES:
+            varlen.find_kernel(device, dtype)
 
 
 def packed_attention(
@@ -142,8 +196,8 @@ def packed_attention(
             query,
             keys,
             values,
-            query_lengths=[1] * len(packing.lengths) if one_position else packing.lengths,
-            key_lengths=[packing.skipped(index) + length for index, length in enumerate(packing.lengths)],
+            query_offsets=packing.asked_offsets if one_position else packing.query_offsets,
+            key_offsets=packing.key_offsets,
             causal=causal,
             window=sliding_window,
             scaling=scaling,

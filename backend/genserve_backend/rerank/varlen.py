@@ -6,13 +6,17 @@ Elsewhere `attention` goes through the sequences one by one, which costs a GPU a
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+
+from genserve_backend.logs import log
 
 varlen_attn: Any
 try:
@@ -20,23 +24,75 @@ try:
 except ImportError:  # an older torch
     varlen_attn = None
 
-_SUFFICES = varlen_attn is not None and (
-    {"window_size", "enable_gqa", "num_splits"} <= inspect.signature(varlen_attn).parameters.keys()
-)
-"""Whether this torch has the kernel, with all that is asked of it."""
+DTYPES = (torch.bfloat16, torch.float16)
+"""The arithmetic that FlashAttention takes."""
 _MAX_HEAD = 256
 """The widest head that FlashAttention takes."""
+_PROBE_TOLERANCE = 0.05
+"""Largest difference from float32 in the probe, whose values are about 1: bfloat16 has 8 bits."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Offsets:
+    """Where each packed sequence begins and ends.
+
+    Attributes:
+        tensor: int32 ``[sequences + 1]`` on the device, from 0 to the number of tokens.
+        longest: Tokens of the longest sequence.
+    """
+
+    tensor: Tensor
+    longest: int
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A way to call ``varlen_attn`` that works here.
+
+    Attributes:
+        options: Names of the optional arguments to pass: torch 2.11 has neither ``enable_gqa`` nor ``num_splits``, and
+            2.12 takes the latter in Python but not in its FlashAttention-2 build.
+        repeat_heads: Whether to repeat grouped keys and values, one copy for each head of the query.
+    """
+
+    options: frozenset[str]
+    repeat_heads: bool = False
 
 
 def serves(query: Tensor) -> bool:
     """Whether `query`, ``[1, heads, tokens, head]``, can be attended to here: half precision, on a GPU."""
     return (
         query.is_cuda
-        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.dtype in DTYPES
         and query.shape[-1] <= _MAX_HEAD
         and query.shape[-1] % 8 == 0
-        and _SUFFICES
+        and find_kernel(query.device, query.dtype) is not None
     )
+
+
+@lru_cache
+def find_kernel(device: torch.device, dtype: torch.dtype) -> Kernel | None:
+    """Try the kernel on a small input, and return how it has to be called; None, with a warning, where it fails."""
+    reasons = []
+    for kernel in _candidates():
+        try:
+            error = _probe(kernel, device, dtype)
+        except (RuntimeError, TypeError, ValueError) as failure:
+            reasons.append(str(failure).strip().partition("\n")[0])
+            continue
+        if error <= _PROBE_TOLERANCE:
+            return kernel
+        reasons.append(f"results differ from float32 by {error:.3g}")
+    log(
+        logger,
+        logging.WARNING,
+        "attention falls back to one call a sequence",
+        torch=torch.__version__,
+        reason=reasons[-1] if reasons else "this torch has no varlen_attn",
+    )
+    return None
 
 
 def attend(
@@ -44,20 +100,20 @@ def attend(
     key: Tensor,
     value: Tensor,
     *,
-    query_lengths: Sequence[int],
-    key_lengths: Sequence[int],
+    query_offsets: Offsets,
+    key_offsets: Offsets,
     causal: bool,
     window: int | None,
     scaling: float | None,
 ) -> Tensor:
-    """Each sequence's queries to its own keys; where they are fewer, they are the last of them.
+    """Attend each sequence's queries to its own keys; where they are fewer, they are the last of them.
 
     Args:
-        query: ``[1, heads, sum of query_lengths, head]``.
-        key: ``[1, heads, sum of key_lengths, head]``; may have fewer heads.
+        query: ``[1, heads, queries, head]``, the sequences one after another.
+        key: ``[1, heads, keys, head]``; may have fewer heads.
         value: The same.
-        query_lengths: Of each sequence.
-        key_lengths: Of each sequence, what it continues among them.
+        query_offsets: Of the sequences among the queries.
+        key_offsets: Of the sequences among the keys, what they continue included.
         causal: Whether a token looks only at itself and those before it.
         window: How far a token sees to both sides, its own position counted in; None for everything.
         scaling: Of the scores; by default one over the root of the head's width.
@@ -65,24 +121,107 @@ def attend(
     Returns:
         ``[1, queries, heads, head]``.
     """
+    kernel = find_kernel(query.device, query.dtype)
+    if kernel is None:
+        raise RuntimeError("no kernel for packed attention here")
+    return _call(
+        kernel,
+        query,
+        key,
+        value,
+        query_offsets=query_offsets,
+        key_offsets=key_offsets,
+        causal=causal,
+        window=window,
+        scaling=scaling,
+    )
+
+
+def _call(
+    kernel: Kernel,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    query_offsets: Offsets,
+    key_offsets: Offsets,
+    causal: bool,
+    window: int | None,
+    scaling: float | None,
+) -> Tensor:
+    groups = query.shape[1] // key.shape[1]
+    if kernel.repeat_heads and groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    # With several splits a score would depend on what else is in the batch.
+    options = {"enable_gqa": groups > 1, "num_splits": 1}
     reach = -1 if window is None else window - 1
     attended: Tensor = varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        _offsets(tuple(query_lengths), query.device),
-        _offsets(tuple(key_lengths), query.device),
-        max(query_lengths),
-        max(key_lengths),
+        query_offsets.tensor,
+        key_offsets.tensor,
+        query_offsets.longest,
+        key_offsets.longest,
         scale=scaling,
         window_size=(reach, 0 if causal else reach),
-        enable_gqa=key.shape[1] != query.shape[1],
-        num_splits=1,  # or a score would depend on what else is in the batch
+        **{name: options[name] for name in kernel.options},
     )
     return attended[None]
 
 
-@lru_cache(maxsize=8)  # the same for all layers of a forward
-def _offsets(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-    return offsets.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else offsets
+def _candidates() -> Iterator[Kernel]:
+    """Yield ways to call the kernel, the best first."""
+    if varlen_attn is None:
+        return
+    known = inspect.signature(varlen_attn).parameters.keys() & {"enable_gqa", "num_splits"}
+    yield Kernel(frozenset(known))
+    if "num_splits" in known:
+        yield Kernel(frozenset(known - {"num_splits"}))
+    yield Kernel(frozenset(), repeat_heads=True)
+
+
+def _probe(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> float:
+    """Return the greatest difference from float32 for grouped heads, fewer queries than keys, and a window."""
+    lengths = ((3, 9), (5, 5), (1, 4))
+    draw = torch.Generator("cpu").manual_seed(0)
+    query, key, value = (
+        torch.randn(1, heads, sum(pair[part] for pair in lengths), 64, generator=draw).to(device, dtype)
+        for heads, part in ((4, 0), (2, 1), (2, 1))
+    )
+    query_offsets, key_offsets = (_offsets([pair[part] for pair in lengths], device) for part in (0, 1))
+    difference = 0.0
+    for causal, window in ((True, None), (True, 3), (False, None)):
+        attended = _call(
+            kernel,
+            query,
+            key,
+            value,
+            query_offsets=query_offsets,
+            key_offsets=key_offsets,
+            causal=causal,
+            window=window,
+            scaling=None,
+        ).transpose(1, 2)
+        first_query = first_key = 0
+        for queries, keys in lengths:
+            rows = torch.arange(keys - queries, keys, device=device)[:, None]
+            distance = rows - torch.arange(keys, device=device)
+            mask = (distance >= 0) | (not causal)
+            mask &= distance.abs() < (window or keys)
+            expected = functional.scaled_dot_product_attention(
+                query[:, :, first_query : first_query + queries].float(),
+                key[:, :, first_key : first_key + keys].float(),
+                value[:, :, first_key : first_key + keys].float(),
+                attn_mask=mask,
+                enable_gqa=True,
+            )
+            got = attended[:, :, first_query : first_query + queries].float()
+            difference = max(difference, float((got - expected).abs().max()))
+            first_query, first_key = first_query + queries, first_key + keys
+    return difference
+
+
+def _offsets(lengths: list[int], device: torch.device) -> Offsets:
+    ends = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
+    return Offsets(ends, max(lengths))

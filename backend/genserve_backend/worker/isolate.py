@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
@@ -13,6 +14,11 @@ from genserve_backend.logs import log
 from genserve_backend.worker.engine import defect
 
 logger = logging.getLogger(__name__)
+
+CUDA_ERROR_MEMORY_ALLOCATION = 2
+"""cudaErrorMemoryAllocation of cudaError_t, which torch.AcceleratorError carries."""
+ALLOCATION_FAILED = re.compile(r"CUDA error: out of memory|CU(BLAS|DNN)_STATUS_\w*ALLOC\w*FAILED")
+"""A failed allocation of CUDA's libraries, which torch raises as a plain RuntimeError."""
 
 Item = TypeVar("Item", bound=Hashable)
 Result = TypeVar("Result")
@@ -43,7 +49,7 @@ def isolate(
     if not isinstance(failure, Exception):
         return dict(zip(items, failure, strict=True)), {}
     # Outside of the except clause: while an exception is handled, so are the tensors in its frames kept.
-    out_of_memory = isinstance(failure, torch.OutOfMemoryError)
+    out_of_memory = is_out_of_memory(failure)
     log(logger, logging.WARNING, "batch failed", items=len(items), error=type(failure).__name__)
     if out_of_memory and torch.cuda.is_available():
         torch.cuda.empty_cache()  # what the failed batch left is in pieces of the wrong size for its halves
@@ -58,15 +64,22 @@ def isolate(
     return {}, {items[0]: defect(failure)}
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error says that the device's memory is full, in torch's words, CUDA's or its libraries'."""
+    if isinstance(error, torch.OutOfMemoryError) or getattr(error, "error_code", None) == CUDA_ERROR_MEMORY_ALLOCATION:
+        return True
+    return isinstance(error, RuntimeError) and ALLOCATION_FAILED.search(str(error)) is not None
+
+
 def _try(work: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Item]) -> Sequence[Result] | Exception:
     try:
         return work(items)
-    except torch.OutOfMemoryError as error:
-        return error.with_traceback(None)
     except DeviceLost:
         raise
     except torch.AcceleratorError as error:
-        raise DeviceLost(str(error)) from None
+        if not is_out_of_memory(error):
+            raise DeviceLost(str(error)) from None
+        return error.with_traceback(None)
     except Exception as error:
         # The traceback's frames hold the batch's tensors: it is kept for the item that fails alone.
-        return error if len(items) == 1 else error.with_traceback(None)
+        return error if len(items) == 1 and not is_out_of_memory(error) else error.with_traceback(None)

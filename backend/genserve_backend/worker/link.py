@@ -35,6 +35,11 @@ demo's FLUX, batch of 8. 32 MiB is the most that glibc takes.
 """
 
 
+ALLOCATOR_ENVS = frozenset({"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"})
+"""The setting of torch's allocators, by its name and by the older one."""
+GPU_ALLOCATOR = "expandable_segments:True"
+"""Keeps batches of ever other sizes from leaving a GPU's memory in pieces that fit none of them."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -164,10 +169,12 @@ def worker_environment() -> dict[str, str]:
     """
     path = os.environ.get(WORKER_PATH_ENV) or os.pathsep.join(entry for entry in sys.path if entry)
     threads = {} if "OMP_WAIT_POLICY" in os.environ else {"GOMP_SPINCOUNT": SPIN_COUNT}
+    allocator = {} if ALLOCATOR_ENVS & os.environ.keys() else {min(ALLOCATOR_ENVS): GPU_ALLOCATOR}
     quiet = {"TRANSFORMERS_VERBOSITY": "error"}  # or each start warns of image processors that are not used
     return {
         **quiet,
         **threads,
+        **allocator,
         **KEEP_MEMORY,
         **os.environ,
         "PYTHONPATH": path,

@@ -39,11 +39,11 @@ def die_with_parent(parent_pid: int) -> None:
 
 
 def keep_gpus(start: Start) -> str:
-    """Hide all GPUs but those that an engine takes without asking, and give the device's name among what is left.
+    """Hide all GPUs but those of this worker, and return its device's name among them.
 
-    Before CUDA starts, which reads the variable once.
+    No thread of it, nor a library, then ends up on another worker's GPU. CUDA reads the variable once, when it starts.
     """
-    gpus = start.settings.gpus_of_its_own(start.device)
+    gpus = start.settings.gpus(start.device)
     if not gpus:
         return start.device
     seen = [name for name in os.environ.get(VISIBLE_GPUS_ENV, "").split(",") if name]
@@ -60,10 +60,8 @@ def load_engine(start: Start, emit: Emit) -> Engine:
 
     if start.settings.threads:
         torch.set_num_threads(start.settings.threads)
-    if device.startswith("cuda") and not start.settings.gpus_of_its_own(start.device):
-        torch.cuda.set_device(device)
-        if start.settings.memory_share:
-            torch.cuda.set_per_process_memory_fraction(start.settings.memory_share, device)
+    if device.startswith("cuda") and start.settings.memory_share:
+        torch.cuda.set_per_process_memory_fraction(start.settings.memory_share, device)
     module, _, factory = start.engine.partition(":")
     build: Callable[[ModelSettings, str, Emit], Engine] = getattr(importlib.import_module(module), factory)
     return build(start.settings, device, emit)

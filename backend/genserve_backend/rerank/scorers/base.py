@@ -15,8 +15,9 @@ from typing import Any, ClassVar, TypedDict
 import torch
 from typing_extensions import Unpack
 
+from genserve_backend.devices import finish
 from genserve_backend.matrices import use_int8_matrices, use_packed_matrices
-from genserve_backend.rerank.attention import KeysValues, Packing
+from genserve_backend.rerank.attention import KeysValues, Packing, choose_kernels
 from genserve_backend.rerank.checkpoint import RerankCheckpoint, first_position
 from genserve_backend.rerank.packing import can_pack, compile_model, prepare_packing
 from genserve_backend.rerank.prefix import PrefixCache
@@ -111,15 +112,17 @@ class TorchScorer(Scorer):
         self.device = placement["device"]
         self.tokenizer = load_tokenizer(checkpoint.path)
         dtype = placement["dtype"]
-        model = load_model(self.model_class, checkpoint.path, dtype=dtype, unused_weights=self.unused_weights)
-        self.pad = pad_id(model, self.tokenizer)
-        self.model: Any = model.to(self.device)
+        self.model: Any = load_model(
+            self.model_class, checkpoint.path, dtype=dtype, device=self.device, unused_weights=self.unused_weights
+        )
+        self.pad = pad_id(self.model, self.tokenizer)
         # The tokenizers of models without segments and the forwards of models with one both name them by accident.
         self._takes_types = (
             "token_type_ids" in self.tokenizer.model_input_names
-            and "token_type_ids" in inspect.signature(model.forward).parameters
+            and "token_type_ids" in inspect.signature(self.model.forward).parameters
         )
         self.packs = can_pack(self.model)
+        choose_kernels(self.device, dtype)
         if self.packs:
             prepare_packing(self.model, one_position=self._one_position)
         if placement["compiled"]:
@@ -145,7 +148,9 @@ class TorchScorer(Scorer):
         with torch.inference_mode():
             layout = self._lay_out(batch)
             types = {"token_type_ids": layout.type_ids} if self._takes_types else {}
-            return self.rows(layout, layout.inputs | types).float().cpu()
+            rows = self.rows(layout, layout.inputs | types).float()
+            finish(self.device)
+            return rows.cpu()
 
     def warm_up(self, tokens: int) -> None:
         """Run forwards of one and of several sequences, up to so many tokens: no request then waits for a compiler."""

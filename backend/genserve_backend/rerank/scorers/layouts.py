@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from genserve_backend.devices import copy_together
 from genserve_backend.rerank.attention import Packing
 from genserve_backend.rerank.prefix import Prefix
 from genserve_backend.rerank.sentence import Pooling
@@ -79,9 +80,10 @@ class Padded:
     def __init__(self, batch: Sequence[TokenSequence], *, pad: int, causal: bool, device: torch.device) -> None:
         lengths = [len(sequence.ids) for sequence in batch]
         width = max(lengths)
-        self._lengths = torch.tensor(lengths, device=device)
-        self._ids = _rectangle([sequence.ids for sequence in batch], width, pad).to(device)
-        self.type_ids = _rectangle([sequence.type_ids for sequence in batch], width, 0).to(device)
+        ids = _rectangle([sequence.ids for sequence in batch], width, pad)
+        type_ids = _rectangle([sequence.type_ids for sequence in batch], width, 0)
+        self._lengths, *rectangles = copy_together([lengths, ids, type_ids], device)
+        self._ids, self.type_ids = (each.view(len(batch), width) for each in rectangles)
         self._mask = torch.arange(width, device=device) < self._lengths.unsqueeze(1)
         self._causal = causal
 
@@ -122,14 +124,16 @@ class Packed:
         one_position: bool,
         device: torch.device,
     ) -> None:
-        self._ids = torch.tensor([list(chain.from_iterable(sequence.new_ids for sequence in batch))]).to(device)
+        ids = list(chain.from_iterable(sequence.new_ids for sequence in batch))
         # A model with segments is not causal: it has no prefixes.
-        self.type_ids = torch.tensor([list(chain.from_iterable(sequence.type_ids for sequence in batch))]).to(device)
+        type_ids = list(chain.from_iterable(sequence.type_ids for sequence in batch))
         positions = chain.from_iterable(
             range(first_position + packing.skipped(index), first_position + packing.skipped(index) + length)
             for index, length in enumerate(packing.lengths)
         )
-        self._positions = torch.tensor([list(positions)]).to(device)
+        moved = copy_together([ids, type_ids, list(positions), *packing.index_rows], device)
+        self._ids, self.type_ids, self._positions = (each[None] for each in moved[:3])
+        packing.place(*moved[3:])
         self.packing = packing
         self._one_position = one_position
 
@@ -142,9 +146,11 @@ class Packed:
         """One row ``[sequences, width]`` out of ``[1, tokens, width]``, or of ``[sequences, 1, width]``."""
         if self._one_position:
             return hidden[:, 0]
-        lengths = torch.tensor(self.packing.lengths, device=hidden.device)
-        return torch.segment_reduce(hidden[0], "mean" if mode == "mean" else "max", lengths=lengths)
+        # Unsafe is without a check of the lengths, for which a GPU would be waited for.
+        reduce = "mean" if mode == "mean" else "max"
+        return torch.segment_reduce(hidden[0], reduce, lengths=self.packing.tokens, unsafe=True)
 
 
-def _rectangle(rows: Sequence[list[int]], width: int, filler: int) -> Tensor:
-    return torch.tensor([row + [filler] * (width - len(row)) for row in rows])
+def _rectangle(rows: Sequence[list[int]], width: int, filler: int) -> list[int]:
+    """Return the rows filled up to `width`, one after another."""
+    return list(chain.from_iterable(row + [filler] * (width - len(row)) for row in rows))

@@ -40,13 +40,16 @@ def load_config(path: Path) -> Any:
         raise CheckpointError(f"cannot read the config in {path}: {_first_line(error)}") from error
 
 
-def load_model(auto_class: Any, path: Path, *, dtype: torch.dtype, unused_weights: str = "") -> Any:
-    """The model in `path` on the CPU, ready for inference.
+def load_model(
+    auto_class: Any, path: Path, *, dtype: torch.dtype, device: torch.device, unused_weights: str = ""
+) -> Any:
+    """Load the model in `path`, ready for inference; its weights go straight to the device.
 
     Args:
         auto_class: A transformers Auto class.
         path: A folder with config.json and safetensors weights.
         dtype: The arithmetic of the weights.
+        device: Where they go.
         unused_weights: Weights with this in their name may be missing; "" for none.
 
     Raises:
@@ -57,14 +60,19 @@ def load_model(auto_class: Any, path: Path, *, dtype: torch.dtype, unused_weight
     transformers_logging.disable_progress_bar()
     try:
         model, report = auto_class.from_pretrained(
-            path, local_files_only=True, use_safetensors=True, dtype=dtype, output_loading_info=True
+            path,
+            local_files_only=True,
+            use_safetensors=True,
+            dtype=dtype,
+            device_map={"": device},
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
         raise CheckpointError(f"cannot load the model in {path}: {_first_line(error)}") from error
     missing = sorted(key for key in report["missing_keys"] if not unused_weights or unused_weights not in key)
     if missing:
         raise CheckpointError(f"the weights in {path} lack {len(missing)} tensors, {missing[0]} for one")
-    return model.eval()
+    return model.eval().to(device)  # also what is no weight
 
 
 def pad_id(model: Any, tokenizer: Any) -> int:

@@ -1,0 +1,184 @@
+"""Steps and forwards never wait for the device, shown without one.
+
+The models are on torch's meta device, which refuses whatever would have to read a value back (``item``, ``nonzero``, a
+mask as an index). Copies to it are counted: on a GPU each waits for all that is queued, unless `devices.move` makes it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from diffusers import FluxPipeline
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from genserve_backend import devices
+from genserve_backend.flux import denoise, prompts
+from genserve_backend.flux.checkpoint import FluxCheckpoint
+from genserve_backend.flux.denoise import Denoiser
+from genserve_backend.flux.image import Image
+from genserve_backend.flux.prompts import Embedding
+from genserve_backend.flux.request import parse
+from genserve_backend.flux.schedule import Scheduler
+from genserve_backend.rerank import attention
+from genserve_backend.rerank.checkpoint import RerankCheckpoint
+from genserve_backend.rerank.request import RerankRequest
+from genserve_backend.rerank.scorers import SCORERS
+from genserve_backend.worker.engine import Job
+from genserve_backend.worker.messages import Submit
+from make_flux import make_flux
+
+META = torch.device("meta")
+SMALL = {"HEIGHT": 64, "WIDTH": 64}
+WIDE = {"HEIGHT": 64, "WIDTH": 96}
+GUIDED = {"NEGATIVE_PROMPT": "green"}
+
+
+class Copies(TorchDispatchMode):
+    """The operators that copy from the CPU to the meta device, but for those inside `devices.move`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.waiting: list[str] = []
+        self.moved = 0
+        self._moving = False
+        move = devices.move
+
+        def counted(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+            self._moving = True
+            try:
+                self.moved += 1
+                return move(tensor, device)
+            finally:
+                self._moving = False
+
+        for module in (devices, denoise, prompts, attention):
+            monkeypatch.setattr(module, "move", counted)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        from_cpu = any(isinstance(each, torch.Tensor) and each.device.type == "cpu" and each.ndim for each in args)
+        if isinstance(result, torch.Tensor) and result.device == META and from_cpu and not self._moving:
+            self.waiting.append(str(func))
+        return result
+
+
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> Copies:
+    return Copies(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> FluxCheckpoint:
+    path = tmp_path_factory.mktemp("dev") / "dev"
+    make_flux(path)
+    return FluxCheckpoint.read(path)
+
+
+@pytest.fixture
+def images(checkpoint: FluxCheckpoint) -> tuple[Denoiser, Callable[..., Image]]:
+    pipeline = FluxPipeline.from_pretrained(checkpoint.path, dtype=torch.bfloat16)
+    pipeline.transformer.to(META)
+    denoiser = Denoiser(pipeline, max_sequence_length=checkpoint.max_sequence_length)
+    scheduler = Scheduler(pipeline.scheduler)
+    config = pipeline.transformer.config
+    embedding = Embedding(
+        torch.empty(checkpoint.max_sequence_length, config.joint_attention_dim, device=META, dtype=torch.bfloat16),
+        torch.empty(config.pooled_projection_dim, device=META, dtype=torch.bfloat16),
+    )
+
+    def make(number: int, **values: Any) -> Image:
+        request = parse({"PROMPT": "a circle", "STEPS": 9, "SEED": number, **values}, checkpoint, max_pixels=2**20)
+        submit = Submit(number, str(number), request, time.monotonic() + 60)
+        image = Image(Job(submit, lambda event: None), request)
+        image.schedule = scheduler.plan(request.steps, request.tokens)
+        image.latents = denoiser.noise(image)
+        image.prompt, image.negative = embedding, embedding if request.guided else None
+        return image
+
+    return denoiser, make
+
+
+def step(denoiser: Denoiser, batch: list[Image]) -> None:
+    for image, (latents, velocity) in zip(batch, denoiser.step(batch), strict=True):
+        assert latents.shape == velocity.shape == image.latents.shape
+        image.latents, image.velocity = latents, velocity
+        image.step += 1
+
+
+@torch.inference_mode()
+def test_a_step_waits_for_nothing(images: tuple[Denoiser, Callable[..., Image]], copies: Copies) -> None:
+    denoiser, make = images
+    with copies:
+        batch = [make(1, **SMALL), make(2, **SMALL, **GUIDED), make(3, **WIDE)]
+        step(denoiser, batch)
+        moved = copies.moved
+        assert moved
+        for _ in range(3):
+            step(denoiser, batch)
+        assert copies.moved == moved, "a batch that stays the same needs nothing from the host"
+        batch.append(make(4, **SMALL, **GUIDED))  # images join and leave
+        del batch[0]
+        step(denoiser, batch)
+    assert copies.waiting == []
+
+
+def test_the_engine_is_never_more_than_a_step_ahead(
+    images: tuple[Denoiser, Callable[..., Image]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU only queues work: newcomers and cancellations would wait for all of it."""
+    denoiser, make = images
+    order: list[str] = []
+
+    class Event:
+        def __init__(self, number: int) -> None:
+            self.number = number
+            order.append(f"mark {number}")
+
+        def synchronize(self) -> None:
+            order.append(f"wait for {self.number}")
+
+    numbers = iter(range(9))
+    monkeypatch.setattr(denoise, "mark", lambda device: Event(next(numbers)))
+    batch = [make(1, **SMALL)]
+    with torch.inference_mode():
+        for _ in range(3):
+            step(denoiser, batch)
+    assert order == ["mark 0", "mark 1", "wait for 0", "mark 2", "wait for 1"]
+
+
+KINDS = {
+    "bi-encoder": tiny_models.bert_bi_encoder,
+    "cross-encoder": tiny_models.bert_cross_encoder,
+    "cross-encoder with local attention": tiny_models.modern_bert_cross_encoder,
+    "causal": tiny_models.qwen3_causal,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_a_forward_makes_one_copy(kind: str, tmp_path: Path, copies: Copies) -> None:
+    checkpoint = RerankCheckpoint.read(KINDS[kind](tmp_path / "model"))
+    scorer = SCORERS[checkpoint.kind](
+        checkpoint,
+        max_length=checkpoint.max_length,
+        dtype=torch.bfloat16,
+        int8=False,
+        compiled=False,
+        device=META,
+        prefix_cache_bytes=0,
+    )
+    request = RerankRequest("the capital of France", ("Paris", "Berlin is a city", "", "bamboo " * 20), None)
+    sequences = [sequence for part in scorer.read(request) for sequence in part.sequences]
+    with copies:
+        layout = scorer._lay_out(sequences)
+        types = {"token_type_ids": layout.type_ids} if scorer._takes_types else {}
+        rows = scorer.rows(layout, layout.inputs | types)
+    assert rows.shape[0] == len(sequences)
+    assert copies.waiting == []
+    assert copies.moved == 1

@@ -1,0 +1,161 @@
+"""Device helpers; the branches of GPUs with a mock of torch.cuda."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from genserve_backend import devices
+from genserve_backend.devices import (
+    copy_together,
+    finish,
+    hand_over,
+    mark,
+    memory_bytes,
+    move,
+    own_stream,
+    resolve_dtype,
+)
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+class MockCuda:
+    """The calls that reach torch.cuda, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.calls: list[Any] = []
+        calls = self.calls
+
+        class Event:
+            def __init__(self, *, blocking: bool = False) -> None:
+                calls.append(("event", blocking))
+
+            def record(self) -> None:
+                calls.append("record")
+
+            def synchronize(self) -> None:
+                calls.append("sleep")
+
+        class Stream:
+            def __init__(self, device: torch.device) -> None:
+                calls.append(("stream", device))
+
+            def wait_event(self, event: Event) -> None:
+                calls.append("wait")
+
+        class Current:
+            def __init__(self, stream: Stream) -> None:
+                pass
+
+            def __enter__(self) -> None:
+                calls.append("enter")
+
+            def __exit__(self, *_: object) -> None:
+                calls.append("leave")
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "stream", Current)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream(CUDA))
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 7)
+
+
+class HostTensor:
+    """A host tensor that can be copied to a GPU that is not there."""
+
+    def __init__(self, calls: list[Any]) -> None:
+        self.calls = calls
+
+    def pin_memory(self) -> HostTensor:
+        self.calls.append("pin")
+        return self
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> HostTensor:
+        self.calls.append((device, non_blocking))
+        return self
+
+    def record_stream(self, stream: object) -> None:
+        self.calls.append("kept")
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> MockCuda:
+    return MockCuda(monkeypatch)
+
+
+def test_a_copy_to_a_gpu_is_pinned_and_waits_for_nothing() -> None:
+    calls: list[Any] = []
+    tensor: Any = HostTensor(calls)
+    move(tensor, CUDA)
+    assert calls == ["pin", (CUDA, True)]
+    calls.clear()
+    move(tensor, CPU)
+    assert calls == [(CPU, False)]
+
+
+def test_lists_travel_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[torch.Tensor] = []
+
+    def count(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        moved.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(devices, "move", count)
+    first, second, third = copy_together([[1, 2], [], [3]], CPU)
+    assert (first.tolist(), second.tolist(), third.tolist()) == ([1, 2], [], [3])
+    assert first.dtype == torch.int64
+    assert len(moved) == 1
+
+
+def test_a_mark_on_a_gpu_lets_its_waiter_sleep(cuda: MockCuda) -> None:
+    assert mark(CPU) is None
+    assert cuda.calls == []
+    assert mark(CUDA) is not None
+    assert cuda.calls == [("event", True), "record"]
+
+
+def test_a_result_is_waited_for_asleep(cuda: MockCuda) -> None:
+    finish(CPU)
+    assert cuda.calls == []
+    finish(CUDA)
+    assert cuda.calls == [("event", True), "record", "sleep"]
+
+
+def test_a_tensor_is_handed_over_between_streams(cuda: MockCuda) -> None:
+    tensor: Any = HostTensor(cuda.calls)
+    hand_over(tensor, None)
+    assert cuda.calls == []
+    event = mark(CUDA)
+    cuda.calls.clear()
+    hand_over(tensor, event)
+    assert cuda.calls == [("stream", CUDA), "wait", "kept"]
+
+
+def test_a_stream_of_its_own(cuda: MockCuda) -> None:
+    with own_stream(CPU):
+        assert cuda.calls == []
+    with own_stream(CUDA):
+        assert cuda.calls == [("stream", CUDA), "enter"]
+    assert cuda.calls[-1] == "leave"
+
+
+def test_memory_is_the_devices_or_the_processs(cuda: MockCuda) -> None:
+    assert memory_bytes(CUDA) == 7
+    assert memory_bytes(CPU) > 10 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "expected"),
+    [
+        ("auto", "cuda:0", torch.bfloat16),
+        ("auto", "cpu", torch.float32),
+        ("float16", "cuda:0", torch.float16),
+        ("int8", "cpu", torch.float32),
+    ],
+    ids=str,
+)
+def test_arithmetic(dtype: Any, device: str, expected: torch.dtype) -> None:
+    assert resolve_dtype(dtype, device) == expected
