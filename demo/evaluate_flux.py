@@ -1,8 +1,8 @@
-"""Measures how often the demo's FLUX draws what its prompt says, from the pixels alone.
+"""Accuracy of the demo's FLUX: the share of images that show their prompt, detected from the pixels alone.
 
-``python demo/evaluate_flux.py [--count 600]`` makes up scenes whose combinations of shape, colour and background were
-held out of training, generates their captions by plain `FluxPipeline`, and prints a table. The exit status says whether
-the checkpoint is as good as the one that is shipped has to be.
+``python demo/evaluate_flux.py [--count 600]`` draws scenes with combinations of shape, colour and background that were
+held out of training, generates images for their captions with plain `FluxPipeline`, and prints a table. The exit status
+is 1 if a share is below the minimum for the shipped checkpoint.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from shapes.captions import describe
+from shapes.detection import detect
 from shapes.judging import judge
-from shapes.reading import read_picture
 from shapes.scenes import Scene, draw_scene
 
 HERE = Path(__file__).resolve().parent
 WANTED = {"background": 0.95, "colour": 0.90, "shape": 0.85, "relation": 0.70}
-"""The share of right ones that the shipped checkpoint has to reach."""
-
+"""Minimum share of right images for the shipped checkpoint."""
 
 ASPECTS = {
     "background": "background",
@@ -40,11 +39,11 @@ ASPECTS = {
     "relation": "relation of two things",
     "everything": "everything",
 }
-"""What is judged, as the table calls it."""
+"""Judged aspects, with their names in the table."""
 
 
 def prompts(count: int, seed: int) -> list[tuple[Scene, str]]:
-    """Held-out scenes with a caption each; every second one has two things."""
+    """Draw held-out scenes with a caption each; every second one has two things."""
     rng = random.Random(f"evaluation {seed}")
     scenes = [draw_scene(rng, held_out=True, two=index % 2 == 1) for index in range(count)]
     return [(scene, describe(scene, rng)) for scene in scenes]
@@ -52,21 +51,21 @@ def prompts(count: int, seed: int) -> list[tuple[Scene, str]]:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the images are made."""
+    """Options of the image generation."""
 
     steps: int = 20
     guidance: float = 3.5
     size: int | None = None
-    """Height and width in pixels; by default the checkpoint's native size."""
+    """Height and width in pixels; None for the checkpoint's native size."""
     tokens: int | None = None
-    """T5 tokens of a prompt; by default what the tokenizer says."""
+    """T5 tokens of a prompt; None for the tokenizer's maximum."""
     batch: int = 50
 
 
 def evaluate(
     pipeline: FluxPipeline, asked: list[tuple[Scene, str]], sampling: Sampling, *, output: Path | None = None
 ) -> dict[str, list[bool]]:
-    """Every aspect of the scenes with whether each image has it; the images go to the folder `output`."""
+    """Return one boolean per image for each aspect; write the images to the folder `output`."""
     found: dict[str, list[bool]] = defaultdict(list)
     for start in tqdm(range(0, len(asked), sampling.batch), unit="batch"):
         batch = asked[start : start + sampling.batch]
@@ -80,7 +79,7 @@ def evaluate(
             generator=[torch.Generator().manual_seed(start + index) for index in range(len(batch))],
         ).images
         for index, ((scene, caption), image) in enumerate(zip(batch, images, strict=True)):
-            aspects = list(judge(scene, read_picture(image)))
+            aspects = list(judge(scene, detect(image)))
             for aspect, right in [*aspects, ("everything", all(right for _, right in aspects))]:
                 found[aspect].append(right)
             if output:
@@ -90,7 +89,7 @@ def evaluate(
 
 
 def table(found: dict[str, list[bool]]) -> str:
-    """The shares in Markdown."""
+    """Return the shares as a Markdown table."""
     lines = ["| aspect | right | of | wanted |", "| --- | --- | --- | --- |"]
     for aspect, name in ASPECTS.items():
         wanted = f"{WANTED[aspect]:.0%}" if aspect in WANTED else ""
@@ -100,18 +99,18 @@ def table(found: dict[str, list[bool]]) -> str:
 
 
 def main() -> int:
-    """Read the arguments, and measure; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Measure how often the demo's FLUX draws what its prompt says.")
-    parser.add_argument("--flux", type=Path, default=HERE / "flux", help="the checkpoint (default: demo/flux)")
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser(description="Measure how often the demo's FLUX draws its prompt.")
+    parser.add_argument("--flux", type=Path, default=HERE / "flux", help="checkpoint (default: demo/flux)")
     parser.add_argument("--count", type=int, default=600, help="images (default: 600)")
     parser.add_argument("--steps", type=int, default=Sampling.steps)
     parser.add_argument("--guidance", type=float, default=Sampling.guidance)
     parser.add_argument("--size", type=int, help="pixels of height and width (default: the native size)")
-    parser.add_argument("--tokens", type=int, help="T5 tokens of a prompt (default: what the tokenizer says)")
-    parser.add_argument("--batch", type=int, default=Sampling.batch, help="images at once")
-    parser.add_argument("--seed", type=int, default=0, help="decides the scenes")
+    parser.add_argument("--tokens", type=int, help="T5 tokens of a prompt (default: the tokenizer's maximum)")
+    parser.add_argument("--batch", type=int, default=Sampling.batch, help="images per call")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the scenes")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--output", type=Path, help="a folder for the images, named by caption and what is wrong")
+    parser.add_argument("--output", type=Path, help="folder for the images, named by caption and wrong aspects")
     options = parser.parse_args()
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)

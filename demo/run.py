@@ -1,7 +1,4 @@
-"""`make demo`: starts a server, makes an image and three rankings, and stops it again.
-
-Takes free ports, so that it never meets a server that runs already.
-"""
+"""`make demo`: a server on free ports, one image and three rankings."""
 
 from __future__ import annotations
 
@@ -34,11 +31,11 @@ QUESTIONS = {
     "At which temperature does water boil?": 4,
     "How do plants get their energy?": 6,
 }
-"""Each question with the index of the document that answers it."""
+"""Index of the right document, by question."""
 
 
 def genserve(*arguments: str) -> None:
-    """Run the command line, and show what was run."""
+    """Print and run a `genserve` command."""
     print(f"$ genserve {shlex.join(arguments)}", flush=True)
     environment = {**os.environ, "GENSERVE_STATE_DIR": str(OUT / "state")}
     if subprocess.run([GENSERVE, *arguments], env=environment, check=False).returncode:
@@ -46,7 +43,7 @@ def genserve(*arguments: str) -> None:
 
 
 def rank(client: Client) -> list[dict[str, object]]:
-    """Ask the questions, and print each with its best document."""
+    """Rank the documents for each question, and print the best ones."""
     rankings: list[dict[str, object]] = []
     for question, answer in QUESTIONS.items():
         ranked = client.rerank(question, DOCUMENTS)
@@ -65,7 +62,7 @@ def rank(client: Client) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    """Run the demo; the exit code says whether the right document came first each time."""
+    """Run the demo; fail unless the right document comes first for every question."""
     started = time.monotonic()
     OUT.mkdir(exist_ok=True)
     http_port, grpc_port, metrics_port = map(str, free_ports(3))

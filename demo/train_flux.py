@@ -1,7 +1,7 @@
-"""Trains the demo's FLUX: a small one, of the real architecture, that draws coloured shapes as its prompt says.
+"""Training of the demo's FLUX: a small one with the real architecture, which draws coloured shapes.
 
-``python demo/train_flux.py`` goes on where it stopped, writes `demo/flux` and `demo/neon_lora` at its end, and takes
-some hours on two CPU cores. ``--smoke`` does every part of it in a minute and is good for nothing else.
+``python demo/train_flux.py`` resumes an interrupted training, writes `demo/flux` and `demo/neon_lora` at the end, and
+takes some hours on two CPU cores. ``--smoke`` runs every stage for a few steps in a minute, as a test.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 
-from flux_parts import Parts, flux_scheduler, staged, write_checkpoint
+from flux_parts import Parts, flux_scheduler, write_checkpoint
+from output_folder import staged
 from training.autoencoder import NATIVE_SIZE, AutoencoderPlan, train_autoencoder
 from training.flow import FlowPlan, new_transformer, train_flow
 from training.guidance import GuidancePlan, distill_guidance
 from training.latents import encode, normalize
 from training.lora import LoraPlan, train_lora
-from training.stage import Sitting
+from training.stage import Session
 from training.text import TextParts, TextPlan, train_text
 
 HERE = Path(__file__).resolve().parent
@@ -29,7 +30,7 @@ NATIVE = (NATIVE_SIZE, NATIVE_SIZE)
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and on what everything trains."""
+    """Plans of all stages."""
 
     autoencoder: AutoencoderPlan = field(default_factory=AutoencoderPlan)
     text: TextPlan = field(default_factory=TextPlan)
@@ -47,23 +48,23 @@ SMOKE = Plan(
 )
 
 
-def train(sitting: Sitting, plan: Plan, *, flux: Path, lora: Path) -> None:
-    """Train whatever is not yet trained, and write the checkpoint and the LoRA."""
-    vae = train_autoencoder(sitting, plan.autoencoder).eval().requires_grad_(requires_grad=False)
-    normalize(vae, sitting.seed)
-    text = train_text(sitting, plan.text)
-    buckets = encode(sitting, vae, plan.flow.pictures)
+def train(session: Session, plan: Plan, *, flux: Path, lora: Path) -> None:
+    """Train the unfinished stages, and write the checkpoint and the LoRA."""
+    vae = train_autoencoder(session, plan.autoencoder).eval().requires_grad_(requires_grad=False)
+    normalize(vae, session.seed)
+    text = train_text(session, plan.text)
+    buckets = encode(session, vae, plan.flow.pictures)
     pipeline = assemble(vae, text, new_transformer())
-    pipeline.transformer = train_flow(sitting, plan.flow, text, buckets, pipeline)
-    pipeline.transformer = distill_guidance(sitting, plan.guidance, text, buckets, pipeline)
+    pipeline.transformer = train_flow(session, plan.flow, text, buckets, pipeline)
+    pipeline.transformer = distill_guidance(session, plan.guidance, text, buckets, pipeline)
     with staged(flux, marker="model_index.json") as folder:
         write_checkpoint(folder, half(pipeline))
-    (neon,) = encode(sitting, vae, {NATIVE: plan.lora.pictures}, style="neon")
-    train_lora(sitting, plan.lora, text, neon, pipeline, lora)
+    (neon,) = encode(session, vae, {NATIVE: plan.lora.pictures}, style="neon")
+    train_lora(session, plan.lora, text, neon, pipeline, lora)
 
 
 def assemble(vae: AutoencoderKL, text: TextParts, transformer: FluxTransformer2DModel) -> FluxPipeline:
-    """The parts as FluxPipeline."""
+    """Assemble the parts into a FluxPipeline."""
     return FluxPipeline(
         scheduler=flux_scheduler(schnell=False),
         vae=vae,
@@ -76,27 +77,27 @@ def assemble(vae: AutoencoderKL, text: TextParts, transformer: FluxTransformer2D
 
 
 def half(pipeline: FluxPipeline) -> Parts:
-    """Copies of the pipeline's parts in float16, which halves the files."""
+    """Copy the pipeline's parts in float16, which halves the files."""
     weights = ("vae", "text_encoder", "text_encoder_2", "transformer")
     kept = {name: part for name, part in pipeline.components.items() if name in Parts.__dataclass_fields__}
     return Parts(**kept | {name: copy.deepcopy(kept[name]).half() for name in weights})
 
 
 def main() -> None:
-    """Read the arguments, and train."""
-    parser = argparse.ArgumentParser(description="Train the demo's FLUX and its LoRA, or go on with it.")
-    parser.add_argument("--work", type=Path, default=HERE / "out" / "training", help="checkpoints, losses, samples")
-    parser.add_argument("--flux", type=Path, default=HERE / "flux", help="the checkpoint to write (default: demo/flux)")
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description="Train the demo's FLUX and its LoRA, or resume the training.")
+    parser.add_argument("--work", type=Path, default=HERE / "out" / "training", help="checkpoints, losses and samples")
+    parser.add_argument("--flux", type=Path, default=HERE / "flux", help="checkpoint to write (default: demo/flux)")
     parser.add_argument(
-        "--lora", type=Path, default=HERE / "neon_lora", help="the LoRA's folder (default: demo/neon_lora)"
+        "--lora", type=Path, default=HERE / "neon_lora", help="folder of the LoRA (default: demo/neon_lora)"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--smoke", action="store_true", help="every stage for a few steps, in a minute")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
-    sitting = Sitting(options.work, options.seed, torch.device(options.device))
-    train(sitting, SMOKE if options.smoke else Plan(), flux=options.flux, lora=options.lora)
+    session = Session(options.work, options.seed, torch.device(options.device))
+    train(session, SMOKE if options.smoke else Plan(), flux=options.flux, lora=options.lora)
     print(f"wrote {options.flux} and {options.lora}")
 
 

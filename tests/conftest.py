@@ -1,4 +1,4 @@
-"""One real server for the whole test run, started by the command line as a user would."""
+"""Fixtures: real servers, started on the command line, and their clients."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ HANG_TIMEOUT_S = 4.0
 
 
 def wait_until(condition: Callable[[], Any], *, timeout_s: float = 60.0, what: str) -> Any:
-    """Poll until `condition` gives something true; fail the test after `timeout_s`."""
+    """Poll until `condition` returns a true value; fail the test after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
         if time.monotonic() > deadline:
@@ -38,7 +38,7 @@ def wait_until(condition: Callable[[], Any], *, timeout_s: float = 60.0, what: s
 
 @dataclass
 class Server:
-    """A `genserve serve` of the tests' own."""
+    """A `genserve serve` on free ports."""
 
     state: Path
     ports: list[int] = field(default_factory=lambda: free_ports(3))
@@ -61,7 +61,7 @@ class Server:
         return f"http://localhost:{self.ports[2]}/metrics"
 
     def metric(self, model: str, name: str, **labels: str) -> float:
-        """Of the model's first instance."""
+        """Return a metric of the model's first instance."""
         with urllib.request.urlopen(self.metrics, timeout=10) as answer:
             families = text_string_to_metric_families(answer.read().decode())
         wanted = {"model": model, "instance": f"{model}_0_0", **labels}
@@ -83,7 +83,7 @@ class Server:
             "RERANK_MODEL_PATH": str(ROOT / "demo" / "rerank"),
             "GENSERVE_STATE_DIR": str(self.state),
             "GENSERVE_LOG_LEVEL": "DEBUG",
-            "SCORE_CACHE_BYTES": "0",  # or a request sent again would be compared with itself
+            "SCORE_CACHE_BYTES": "0",  # a repeated request must be scored again
             **self.environment,
         }
         return subprocess.run(
@@ -149,7 +149,7 @@ class Server:
         return found
 
     def wait_ready(self) -> None:
-        """Until all models answer, after whatever a test has done to them."""
+        """Wait until all models are ready."""
         with Client(self.grpc) as client:
 
             def ready() -> bool:
@@ -162,7 +162,7 @@ class Server:
 
 
 def serving(tmp_path_factory: pytest.TempPathFactory, *arguments: str, **environment: str) -> Iterator[Server]:
-    """The body of a fixture: a server for as long as the fixture lives."""
+    """Run a server for the lifetime of a fixture."""
     server = Server(tmp_path_factory.mktemp("state"), environment=environment)
     server.start(*arguments)
     try:
@@ -178,7 +178,7 @@ def running_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]
 
 @pytest.fixture(scope="session")
 def running_pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Two instances of flux with one CPU thread each, whose workers are given up after a few silent seconds."""
+    """Two instances of flux with one CPU thread each and a short hang timeout."""
     environment = {"FLUX_WORKERS": "2", "OMP_NUM_THREADS": "1", "HANG_TIMEOUT": str(HANG_TIMEOUT_S)}
     yield from serving(tmp_path_factory, "--model", "flux", "--model", "tasks", **environment)
 

@@ -1,4 +1,4 @@
-"""A FLUX engine in the test's own process, turned by the test."""
+"""A FLUX engine in the test's own process."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pictures import Pixels, levels
 from turned_engine import TurnedEngine
 
 from genserve_backend.errors import RequestError
+from genserve_backend.flux.build import build
 from genserve_backend.flux.checkpoint import FluxCheckpoint
-from genserve_backend.flux.load import build
 from genserve_backend.flux.request import FluxRequest, FluxResult, parse
 from genserve_backend.settings import FluxSettings
 
@@ -17,7 +17,7 @@ MAX_PIXELS = 2**20
 
 
 class EngineRun(TurnedEngine):
-    """Makes images."""
+    """A FLUX engine for a checkpoint."""
 
     def __init__(self, checkpoint: FluxCheckpoint, **settings: Any) -> None:
         self.checkpoint = checkpoint
@@ -27,11 +27,11 @@ class EngineRun(TurnedEngine):
         return parse({"PROMPT": "a red circle", **values}, self.checkpoint, max_pixels=MAX_PIXELS)
 
     def images(self, *requests: FluxRequest) -> list[Pixels]:
-        """All of them at once; every one has to succeed."""
+        """Submit all requests at once, and return their images; every one has to succeed."""
         return [pixels(result) for result in self.run(*requests)]
 
 
 def pixels(result: FluxResult | RequestError) -> Pixels:
-    """The levels of an image that succeeded."""
+    """Return the pixels of an image that succeeded."""
     assert isinstance(result, FluxResult), result
     return levels(result.image)

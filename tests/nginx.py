@@ -1,4 +1,4 @@
-"""A real nginx in front of a server: TLS, a bearer token, a limited rate, client certificates."""
+"""nginx in front of a server: TLS, bearer token, rate limit, client certificates."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ http {{
     limit_req_zone $server_port zone=slow:1m rate=1r/s;
     limit_req_status 429;
 
-    # One port serves both protocols: HTTP below a prefix, gRPC below the name of its service.
+    # One port serves both protocols: HTTP below a prefix, gRPC below its service name.
     server {{
         listen 127.0.0.1:{open} ssl http2;
         if ($refusal = 401) {{ return 401; }}
@@ -54,7 +54,7 @@ http {{
         location /genserve/ {{ proxy_pass http://127.0.0.1:{http}/; }}
         location /inference.GRPCInferenceService/ {{ grpc_pass grpc://127.0.0.1:{grpc}; }}
     }}
-    # More than one request a second is too many; nginx answers gRPC in plain HTTP.
+    # Rate limit of one request per second; nginx rejects gRPC requests in plain HTTP.
     server {{
         listen 127.0.0.1:{limited} ssl http2;
         add_header Retry-After 1 always;
@@ -62,7 +62,7 @@ http {{
         location /genserve/ {{ proxy_pass http://127.0.0.1:{http}/; }}
         location /inference.GRPCInferenceService/ {{ grpc_pass grpc://127.0.0.1:{grpc}; }}
     }}
-    # The same, by a gateway that speaks gRPC.
+    # The same limit, with rejections in gRPC.
     server {{
         listen 127.0.0.1:{limited_grpc} ssl http2;
         limit_req zone=slow;
@@ -76,7 +76,7 @@ http {{
             return 204;
         }}
     }}
-    # Only callers with a certificate.
+    # Client certificates required.
     server {{
         listen 127.0.0.1:{mutual} ssl http2;
         ssl_client_certificate {folder}/ca.pem;
@@ -89,7 +89,7 @@ http {{
 
 
 def find_nginx() -> str:
-    """Return an nginx: the one on PATH, else Debian's, fetched without root; skip the test where there is neither."""
+    """Return the nginx on PATH, else Debian's, fetched without root. Skip the test without either."""
     installed = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
     if installed:
         return installed
@@ -106,7 +106,7 @@ def find_nginx() -> str:
 
 
 class Nginx:
-    """An nginx in a folder of its own, in front of a server's HTTP and gRPC ports."""
+    """nginx in front of a server's HTTP and gRPC ports, with its files in one folder."""
 
     def __init__(self, folder: Path, *, http_port: int, grpc_port: int) -> None:
         self.folder = folder
@@ -145,7 +145,7 @@ class Nginx:
         return Client(self.url(protocol, door), **{"tls": self.tls, "headers": {"Authorization": KEY}, **options})
 
     def answers(self, status: int, path: str) -> int:
-        """Return how many requests below a path got the status."""
+        """Return the number of requests below a path that got the status."""
         lines = [line.split() for line in (self.folder / "access.log").read_text().splitlines()]
         return sum(line[0] == str(status) and line[2].startswith(path) for line in lines)
 
@@ -159,7 +159,7 @@ class Nginx:
 
 @contextmanager
 def running_nginx(folder: Path, *, http_port: int, grpc_port: int) -> Iterator[Nginx]:
-    """Run an nginx for as long as the block lasts."""
+    """Run nginx within the block."""
     binary = find_nginx()
     nginx = Nginx(folder, http_port=http_port, grpc_port=grpc_port)
     command = [binary, "-p", str(folder), "-c", str(folder / "nginx.conf"), "-e", str(folder / "error.log")]

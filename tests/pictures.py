@@ -1,4 +1,4 @@
-"""Image files as numbers."""
+"""Pixels of image files, and their comparison."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Pixels: TypeAlias = npt.NDArray[np.int_]
 
 
 def levels(data: bytes) -> Pixels:
-    """Levels 0 to 255, signed, ``[height, width, 3]``."""
+    """Decode an image to signed levels 0 to 255, ``[height, width, 3]``."""
     return np.asarray(Image.open(io.BytesIO(data))).astype(int)
 
 
 def same(one: Pixels, other: Pixels) -> bool:
-    """At most 1 level apart everywhere, and 99.9 % of the values identical."""
+    """Return True if no value differs by more than 1 level, and 99.9 % are identical."""
     difference = np.abs(one - other)
     return bool(difference.max() <= 1 and (difference > 0).mean() <= 0.001)

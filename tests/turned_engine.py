@@ -1,29 +1,30 @@
-"""An engine in the test's own process, turned by the test."""
+"""An engine in the test's own process; the test runs its turns."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any
 
 from genserve_backend.errors import RequestError
 from genserve_backend.worker.engine import Emit
-from genserve_backend.worker.messages import Beat, Done, Event, Failed, Grant, Progress, Submit
+from genserve_backend.worker.messages import Done, Event, Failed, Grant, Heartbeat, Progress, Submit
+from genserve_backend.worker.metrics import Counter
 
 PATIENCE_S = 60.0
 NO_JOB = 0
 
 
 class TurnedEngine:
-    """Submits requests, turns the engine until they are answered, and remembers every event."""
+    """Submits requests, runs turns until they are answered, and records every event."""
 
     def __init__(self, build: Callable[[Emit], Any]) -> None:
         self._events: SimpleQueue[Event] = SimpleQueue()
         self.engine = build(self._events.put)
         self.progress: dict[int, list[Progress]] = {}
         self.answers: dict[int, Any] = {}
-        self.beats: list[Beat] = []
+        self.heartbeats: list[Heartbeat] = []
         self.granted = 0
         self._jobs = 0
 
@@ -35,55 +36,54 @@ class TurnedEngine:
 
     def turn(self, turns: int = 1) -> None:
         for _ in range(turns):
-            self.engine.cancel(NO_JOB)  # or an engine with nothing to do would wait for a message
+            self.engine.cancel(NO_JOB)  # an engine without work would wait for a message
             self.engine.turn()
-            self._read()
+            self._receive()
 
     def turn_until(self, condition: Callable[[], bool]) -> None:
         give_up = time.monotonic() + PATIENCE_S
         while not condition():
-            assert time.monotonic() < give_up, "the engine never got there"
+            assert time.monotonic() < give_up, "the condition was never met"
             self.turn()
             time.sleep(0.001)  # for the engine's other threads
 
     def answer(self, job: int) -> Any:
-        """A result or a RequestError."""
+        """Return a result or a RequestError."""
         self.turn_until(lambda: job in self.answers)
         return self.answers[job]
 
     def run(self, *requests: Any) -> list[Any]:
-        """All of them at once."""
+        """Submit all requests at once, and return their answers."""
         jobs = [self.submit(request) for request in requests]
         return [self.answer(job) for job in jobs]
 
     def results(self, *requests: Any) -> list[Any]:
-        """All of them at once; every one has to succeed."""
+        """Submit all requests at once, and return their results; raise the first error."""
         answers = self.run(*requests)
         for answer in answers:
             if isinstance(answer, RequestError):
                 raise answer
         return answers
 
-    def _read(self) -> None:
+    def _receive(self) -> None:
         try:
             while True:
-                self._hear(self._events.get_nowait())
+                self._record(self._events.get_nowait())
         except Empty:
             pass
 
-    def _hear(self, event: Event) -> None:
+    def _record(self, event: Event) -> None:
         if isinstance(event, Progress):
-            self.progress.setdefault(event.job, []).append(event)
+            self.progress.setdefault(event.job_id, []).append(event)
         elif isinstance(event, (Done, Failed)):
-            assert event.job not in self.answers, "answered twice"
-            self.answers[event.job] = event.result if isinstance(event, Done) else event.error
-        elif isinstance(event, Beat):
-            self.beats.append(event)
+            assert event.job_id not in self.answers, "answered twice"
+            self.answers[event.job_id] = event.result if isinstance(event, Done) else event.error
+        elif isinstance(event, Heartbeat):
+            self.heartbeats.append(event)
         elif isinstance(event, Grant):
             self.granted += event.count
 
 
-def count(beats: Sequence[Beat], name: str) -> float:
-    """The sum of a count over the beats."""
-    totals: list[Mapping[str, float]] = [beat.counts for beat in beats]
-    return sum(each.get(name, 0) for each in totals)
+def count(heartbeats: Sequence[Heartbeat], counter: Counter) -> float:
+    """Return the total of a counter over heartbeats."""
+    return sum(heartbeat.counts.get(counter, 0) for heartbeat in heartbeats)

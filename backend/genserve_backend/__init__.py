@@ -1,1 +1,1 @@
-"""The engine room of GenServe: what the Triton models run, without Triton itself."""
+"""Backend of GenServe: the engines, their worker processes, and the adapter to Triton."""

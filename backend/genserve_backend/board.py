@@ -1,7 +1,7 @@
-"""What is in flight, shared by all processes of one server: the instances write it, the `tasks` model reads it.
+"""Board of the tasks in flight, shared by the processes of a server: instances write it, the `tasks` model queries it.
 
-One SQLite file per server: several processes may write it at once, any of them may be killed while it does, and
-nothing of a client's becomes part of a path.
+The board is one SQLite file per server. Several processes may write it at once, any of them may be killed meanwhile,
+and no client data becomes part of a path.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from typing import Any
 
 BOARD_ENV = "GENSERVE_BOARD"
 FINISHED_KEPT_S = 600.0
-"""Seconds that a finished task stays visible."""
+"""Retention of finished tasks, in seconds."""
 FINISHED_KEPT = 10_000
-"""Finished tasks that stay visible, at most."""
+"""Limit on the number of finished tasks."""
 CANCEL_KEPT_S = 300.0
-"""Seconds that the cancellation of a task which has not yet arrived is remembered: longer than it can be queued."""
+"""Retention of early cancellations, in seconds: longer than a task can be queued."""
 CANCELS_KEPT = 10_000
-"""Cancellations of tasks that have not arrived, at most."""
+"""Limit on the number of early cancellations, of tasks that have not arrived yet."""
 LOAD_KEPT_S = 5.0
-"""Seconds after which an instance that no longer says how busy it is counts as gone."""
+"""Seconds without an update after which the load of an instance is ignored."""
 LISTED = 1_000
-"""Tasks that one listing shows, at most."""
+"""Limit on the number of tasks in a listing."""
 TIDY_S = 1.0
-"""Seconds between two looks for what is too old to be kept."""
+"""Minimum interval between two deletions of expired records, in seconds."""
 LOCK_TIMEOUT_S = 10.0
-"""Seconds that a process waits for another one's write."""
+"""Time limit for waiting on another process's write, in seconds."""
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS tasks (
@@ -60,7 +60,7 @@ COLUMNS = "task_id, state, step, steps, model, instance, error, arrived, changed
 
 
 def default_path() -> Path:
-    """The board of the server whose child this process is: where GENSERVE_BOARD says, else in the temporary folder."""
+    """Return the board of this process's server: GENSERVE_BOARD, else a file in the temporary directory."""
     given = os.environ.get(BOARD_ENV)
     return Path(given) if given else Path(tempfile.gettempdir()) / f"genserve-{os.getuid()}-{os.getppid()}.board"
 
@@ -68,8 +68,8 @@ def default_path() -> Path:
 class Board:
     """One process's access to the board. Thread-safe.
 
-    A row is one task; a task id may come again (a caller's request ids may repeat), and then the newest one is shown
-    and all that are in flight are cancelled.
+    One record is one task. Task ids may repeat, because a caller's request ids may: then `status` shows the newest task
+    of that id, and `cancel` applies to all that are in flight.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -78,7 +78,7 @@ class Board:
         self._lock = threading.Lock()
         self._tidied = 0.0
         self._db = sqlite3.connect(path, timeout=LOCK_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-        # The board dies with its server: nothing needs to survive a power cut, but every process a neighbour's kill.
+        # The board lives as long as its server: it need not survive a power cut, but the kill of any process.
         _write_ahead(self._db)
         self._db.execute("PRAGMA synchronous = OFF")
         self._db.executescript(SCHEMA)
@@ -88,10 +88,10 @@ class Board:
         with self._lock:
             self._db.close()
 
-    # The instance's side.
+    # For instances.
 
     def start_instance(self, instance: str) -> None:
-        """An instance begins: whatever an earlier process of that name had in flight will never be answered."""
+        """Fail the tasks that an earlier process of that instance left in flight."""
         with self._lock:
             self._db.execute(
                 f"UPDATE tasks SET state = 'failed', error = 'the instance ended', changed = ?"  # noqa: S608
@@ -100,7 +100,7 @@ class Board:
             )
 
     def add(self, task_id: str, *, model: str, instance: str) -> int:
-        """Enter a task as waiting; the returned key names it from now on."""
+        """Add a task as waiting, and return its key."""
         now = time.time()
         with self._lock:
             self._tidy(now)
@@ -115,7 +115,7 @@ class Board:
             return int(cursor.lastrowid or 0)
 
     def progress(self, key: int, step: int, steps: int, preview: bytes = b"") -> None:
-        """The task runs and has done `step` of `steps`; an empty preview leaves the last one."""
+        """Set a task to running, at `step` of `steps`. An empty preview keeps the last one."""
         with self._lock:
             self._db.execute(
                 "UPDATE tasks SET state = 'running', step = ?, steps = ?, changed = ?,"
@@ -124,7 +124,7 @@ class Board:
             )
 
     def finish(self, key: int, state: str, error: str | None = None) -> None:
-        """The task ended as `state` (done, failed or cancelled)."""
+        """Set the final state of a task: done, failed or cancelled."""
         with self._lock:
             self._db.execute(
                 "UPDATE tasks SET state = ?, error = ?, changed = ?, step = CASE WHEN ? = 'done' THEN steps ELSE step"
@@ -133,57 +133,57 @@ class Board:
             )
 
     def cancel_requested(self, instance: str) -> set[int]:
-        """Keys of the instance's tasks in flight that somebody wants cancelled."""
+        """Return the keys of the instance's tasks in flight that are to be cancelled."""
         with self._lock:
-            rows = self._db.execute(
+            records = self._db.execute(
                 f"SELECT key FROM tasks WHERE cancel AND instance = ? AND {IN_FLIGHT}",  # noqa: S608
                 (instance,),
             ).fetchall()
-        return {int(key) for (key,) in rows}
+        return {int(key) for (key,) in records}
 
     def set_load(self, instance: str, *, model: str, load: float, has_room: bool) -> None:
-        """Say how much work an instance has before it, and whether it could take more."""
+        """Set the backlog of an instance, and whether it could accept more requests."""
         with self._lock:
             self._db.execute(
                 "INSERT OR REPLACE INTO loads VALUES (?, ?, ?, ?, ?)", (instance, model, load, has_room, time.time())
             )
 
-    def has_freer(self, instance: str, *, model: str, load: float) -> bool:
-        """Whether another instance of the model has less than `load` before it, and room."""
+    def has_less_loaded(self, instance: str, *, model: str, load: float) -> bool:
+        """Return whether another instance of the model has room and a backlog smaller than `load`."""
         with self._lock:
-            row = self._db.execute(
+            record = self._db.execute(
                 "SELECT 1 FROM loads WHERE model = ? AND instance <> ? AND load < ? AND has_room AND at > ? LIMIT 1",
                 (model, instance, load, time.time() - LOAD_KEPT_S),
             ).fetchone()
-        return row is not None
+        return record is not None
 
-    # The `tasks` model's side.
+    # For the `tasks` model.
 
     def status(self, task_id: str) -> tuple[dict[str, Any], bytes]:
-        """The newest task of that id, and its preview; state ``unknown`` where there is none."""
+        """Return the newest task of that id and its preview; the state is ``unknown`` if there is none."""
         with self._lock:
-            row = self._db.execute(
+            record = self._db.execute(
                 f"SELECT {COLUMNS}, preview FROM tasks WHERE task_id = ? ORDER BY key DESC LIMIT 1",  # noqa: S608
                 (task_id,),
             ).fetchone()
-        if row is None:
+        if record is None:
             return {"task_id": task_id, "state": "unknown", "step": 0, "steps": 0, "instance": None}, b""
-        return _as_dict(row), bytes(row[-1])
+        return _as_dict(record), bytes(record[-1])
 
     def cancel(self, task_id: str) -> tuple[dict[str, Any], bytes]:
-        """Ask for the cancellation of all tasks of that id that are in flight, and return the newest one's status.
+        """Request the cancellation of all tasks of that id in flight, and return the status of the newest.
 
-        An id that is not in flight is remembered: a request that still waits in Triton's queue is cancelled as soon
-        as an instance takes it.
+        The cancellation of an unknown id is stored: a request that still waits in Triton's queue is cancelled when it
+        arrives at an instance.
         """
         now = time.time()
         with self._lock:
-            found = self._db.execute(
+            in_flight = self._db.execute(
                 f"UPDATE tasks SET cancel = 1 WHERE task_id = ? AND {IN_FLIGHT}",  # noqa: S608
                 (task_id,),
             ).rowcount
-            known = self._db.execute("SELECT 1 FROM tasks WHERE task_id = ? LIMIT 1", (task_id,)).fetchone()
-            if not found and not known:
+            exists = self._db.execute("SELECT 1 FROM tasks WHERE task_id = ? LIMIT 1", (task_id,)).fetchone()
+            if not in_flight and not exists:
                 self._db.execute("INSERT OR REPLACE INTO cancelled_early VALUES (?, ?)", (task_id, now))
                 self._db.execute(
                     "DELETE FROM cancelled_early WHERE rowid <= (SELECT max(rowid) FROM cancelled_early) - ?",
@@ -192,13 +192,13 @@ class Board:
         return self.status(task_id)
 
     def listing(self) -> list[dict[str, Any]]:
-        """The tasks in flight, oldest first, at most `LISTED`."""
+        """Return the tasks in flight, oldest first, at most `LISTED`."""
         with self._lock:
-            rows = self._db.execute(
+            records = self._db.execute(
                 f"SELECT {COLUMNS} FROM tasks WHERE {IN_FLIGHT} ORDER BY key LIMIT ?",  # noqa: S608
                 (LISTED,),
             ).fetchall()
-        return [_as_dict(row) for row in rows]
+        return [_as_dict(record) for record in records]
 
     def _tidy(self, now: float) -> None:
         if now - self._tidied < TIDY_S:
@@ -212,7 +212,7 @@ class Board:
 
 
 def _write_ahead(db: sqlite3.Connection) -> None:
-    """Switch the file to a write-ahead log. This is the one statement for which SQLite does not wait by itself."""
+    """Switch the file to a write-ahead log. SQLite's own lock timeout does not cover this statement."""
     give_up = time.monotonic() + LOCK_TIMEOUT_S
     while True:
         try:
@@ -225,5 +225,5 @@ def _write_ahead(db: sqlite3.Connection) -> None:
             return
 
 
-def _as_dict(row: tuple[Any, ...]) -> dict[str, Any]:
-    return dict(zip(COLUMNS.split(", "), row, strict=False))
+def _as_dict(record: tuple[Any, ...]) -> dict[str, Any]:
+    return dict(zip(COLUMNS.split(", "), record, strict=False))

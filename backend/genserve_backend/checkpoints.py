@@ -1,4 +1,4 @@
-"""Reading what a checkpoint folder says about itself, without loading a weight or importing torch."""
+"""Helpers for checkpoint folders. They load no weights and do not import torch."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 
 class CheckpointError(Exception):
-    """A checkpoint folder is missing, incomplete, or of a kind that is not served; one line says which."""
+    """A checkpoint folder is missing, incomplete, or of an unsupported kind; the message is one line."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`.
+    """Return the JSON object in `path`.
 
     Raises:
-        CheckpointError: The file is absent, unreadable or holds something else.
+        CheckpointError: The file is missing, unreadable or not a JSON object.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -29,12 +29,12 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def require_folder(path: Path, *, setting: str) -> None:
-    """Raise CheckpointError unless `path` is a folder; `setting` names what the operator can change."""
+    """Raise CheckpointError unless `path` is a folder. The message names `setting`, which the operator can change."""
     if not path.is_dir():
         raise CheckpointError(f"no checkpoint folder at {path} (set {setting})")
 
 
 def require_safetensors(folder: Path) -> None:
-    """Raise CheckpointError unless `folder` holds safetensors weights: pickles are never loaded."""
+    """Raise CheckpointError unless `folder` has safetensors weights: pickles are never loaded."""
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"no .safetensors weights in {folder} (pickled weights are never loaded)")

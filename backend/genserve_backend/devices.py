@@ -1,4 +1,4 @@
-"""Device helpers: dtype, memory, thread count, streams, and copies that wait for nothing."""
+"""Device helpers: dtype, memory, thread count, streams and non-blocking copies."""
 
 from __future__ import annotations
 
@@ -25,30 +25,30 @@ def resolve_dtype(dtype: RerankDType, device: str) -> torch.dtype:
 
 
 def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a host tensor to `device` without waiting for what the device has to do already.
+    """Copy a host tensor to `device` without waiting for the device.
 
-    A copy from memory that is not pinned waits for the whole stream.
+    A copy from memory that is not pinned would wait for the whole stream.
     """
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
-def copy_together(rows: Sequence[Sequence[int]], device: torch.device) -> list[torch.Tensor]:
-    """Copy lists of integers to `device` in one transfer that waits for nothing; return them as int64 tensors."""
-    together = move(torch.tensor(list(chain.from_iterable(rows)), dtype=torch.int64), device)
-    return list(torch.split(together, [len(row) for row in rows]))
+def copy_together(lists: Sequence[Sequence[int]], device: torch.device) -> list[torch.Tensor]:
+    """Copy lists of integers to `device` in one non-blocking transfer; return them as int64 tensors."""
+    together = move(torch.tensor(list(chain.from_iterable(lists)), dtype=torch.int64), device)
+    return list(torch.split(together, [len(each) for each in lists]))
 
 
 def own_stream(device: torch.device) -> AbstractContextManager[Any]:
-    """Return a context whose work on a GPU goes to a stream of its own, beside the other threads'."""
+    """Return a context in which GPU work goes to its own stream, alongside the streams of other threads."""
     if device.type != "cuda":
         return nullcontext()
     return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
 
-def mark(device: torch.device) -> torch.cuda.Event | None:
-    """Return an event behind all that the current stream has to do; None where nothing is queued, on a CPU.
+def record_event(device: torch.device) -> torch.cuda.Event | None:
+    """Return an event at the end of the current stream; None on a CPU.
 
-    A thread that waits for it sleeps instead of keeping a core busy.
+    A thread that waits for the event sleeps instead of spinning.
     """
     if device.type != "cuda":
         return None
@@ -57,16 +57,16 @@ def mark(device: torch.device) -> torch.cuda.Event | None:
     return event
 
 
-def finish(device: torch.device) -> None:
-    """Sleep until the current stream has nothing left to do: what reads a result then need not keep a core busy."""
-    if event := mark(device):
+def wait_for_stream(device: torch.device) -> None:
+    """Sleep until the current stream is done. Reading a result from the device would spin instead."""
+    if event := record_event(device):
         event.synchronize()
 
 
 def hand_over(tensor: torch.Tensor, event: torch.cuda.Event | None) -> None:
-    """Let the current stream use a tensor of another one, once `event` is over.
+    """Let the current stream use a tensor of another stream after `event`.
 
-    The allocator, which goes by streams, keeps the memory until this one has read it.
+    The allocator works per stream, and has to keep the memory until the current stream is done with it.
     """
     if event is not None:
         stream = torch.cuda.current_stream()
@@ -74,19 +74,19 @@ def hand_over(tensor: torch.Tensor, event: torch.cuda.Event | None) -> None:
         tensor.record_stream(stream)
 
 
-def step_aside(share: int = 4) -> None:
-    """Let the calling thread, and those that start after it, use a `share`-th of the CPU threads that torch has.
+def limit_threads(share: int = 4) -> None:
+    """Limit the calling thread, and threads that it starts, to 1 / `share` of torch's CPU threads.
 
-    For threads beside the one that runs the transformer. GNU OpenMP gives each thread that works in parallel a team of
-    its own, and as soon as all teams together are larger than the machine, all of them wait by sleeping instead of
-    spinning: the demo's forwards then take 1.6 times as long on two cores, even while the other team has nothing to do.
-    torch counts threads for each thread of a process, so the main one is not affected.
+    For helper threads alongside the one that runs the transformer. GNU OpenMP gives every thread a team of its own. As
+    soon as all teams together are larger than the machine, all of them sleep instead of spinning: the demo's forwards
+    then take 1.6 times as long on two cores, even while the other team is idle. torch's thread count is per thread of
+    the process, so the main thread is not affected.
     """
     torch.set_num_threads(max(1, torch.get_num_threads() // share))
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Return the bytes of the device's memory that this process holds; on a CPU its resident set."""
+    """Return the bytes of device memory that this process holds; on a CPU its resident set."""
     if device.type == "cuda":
         return int(torch.cuda.memory_reserved(device))
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])

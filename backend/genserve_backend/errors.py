@@ -1,8 +1,8 @@
-"""What can go wrong with one request, as an exception tree.
+"""Errors of a single request.
 
-Each class is one row of the error table: its name is the first word of the message that leaves the server
-(``InvalidInput: STEPS is 0; allowed: 1 to 100``), and the client raises the class of the same name.
-Which Triton code a class travels under is decided in `adapter.reply`.
+Each class is one entry of the error table. Its name is the first word of the message that leaves the server
+(``InvalidInput: STEPS is 0; allowed: 1 to 100``), and the client raises the class of the same name. `adapter.reply`
+maps the classes to Triton's codes.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ class RequestError(Exception):
 
     @property
     def wire_message(self) -> str:
-        """The message with the class name in front, which is what a client parses."""
+        """The message with the class name in front, which the client parses."""
         return f"{type(self).__name__}: {self}"
 
 
 class InvalidInput(RequestError):
-    """A tensor holds something that the contract does not allow."""
+    """A tensor has a value that the contract does not allow."""
 
     @classmethod
     def of(cls, tensor: str, value: object, allowed: str) -> InvalidInput:
-        """Name the tensor, a short form of its value, and what would have been allowed."""
+        """Return the error that names the tensor, a short form of its value, and what is allowed."""
         return cls(f"{tensor} is {shorten(value)}; allowed: {allowed}")
 
 
@@ -39,7 +39,7 @@ class OutOfMemory(RequestError):
 
 
 class ServerUnavailable(RequestError):
-    """A process of the server went away while it had the request; sending it again helps."""
+    """A process of the server ended while it had the request; a retry helps."""
 
 
 class ServerError(RequestError):
@@ -47,7 +47,7 @@ class ServerError(RequestError):
 
 
 def shorten(value: object, limit: int = 80) -> str:
-    """A printable one-line form of any client-supplied value, at most `limit` characters long."""
+    """Return a printable one-line form of any client-supplied value, at most `limit` characters long."""
     text = value if isinstance(value, str) else repr(value)
     text = text if text.isprintable() else ascii(text)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."

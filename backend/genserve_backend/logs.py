@@ -1,6 +1,6 @@
 """Log lines in logfmt: ``time=... level=... logger=... event=... key=value``.
 
-Every line about one request carries ``task_id=``, so that ``grep`` finds its whole way through the processes.
+Every line about a request has ``task_id=``, so that ``grep`` finds its lines from all processes.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from datetime import datetime, timezone
 
 
 class LogfmtFormatter(logging.Formatter):
-    """Renders the message as ``event`` and everything passed in ``extra={"fields": {...}}`` as key=value pairs."""
+    """Formatter with the message as ``event`` and ``extra={"fields": {...}}`` as key=value pairs."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line, whatever the values hold."""
+        """Return one line, for any values."""
         time = datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds")
         fields: dict[str, object] = {
             "time": time,
@@ -38,19 +38,19 @@ def _quote(value: object) -> str:
 
 
 def configure(level: str | None = None) -> None:
-    """Send this process's log lines to stderr, at `level` or at GENSERVE_LOG_LEVEL (default INFO)."""
+    """Log to stderr, at `level` or GENSERVE_LOG_LEVEL (default INFO)."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(LogfmtFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)
     chosen = (level or os.environ.get("GENSERVE_LOG_LEVEL", "INFO")).upper()
-    known = isinstance(logging.getLevelName(chosen), int)
+    is_valid = isinstance(logging.getLevelName(chosen), int)
     for name in ("genserve", "genserve_backend"):
-        logging.getLogger(name).setLevel(chosen if known else "INFO")
+        logging.getLogger(name).setLevel(chosen if is_valid else "INFO")
 
 
 def log(logger: logging.Logger, level: int, event: str, **fields: object) -> None:
-    """Log `event` with `fields`; a field that is None is left out."""
+    """Log `event` with `fields`; fields that are None are omitted."""
     if logger.isEnabledFor(level):
         logger.log(level, event, extra={"fields": {key: value for key, value in fields.items() if value is not None}})

@@ -1,8 +1,8 @@
-"""The matrix products of a model on a CPU: by oneDNN, from weights that are laid out for it once.
+"""Matrix products on a CPU by oneDNN, with weights in its own layout.
 
-torch hands float32 products to the BLAS that it was built with. That is MKL, which leaves half of the vector units of
-AMD's Zen 5 idle: on a core ``nn.Linear`` reaches 108 GFLOP/s, oneDNN 250. The results differ by float32's
-rounding. torch.compile uses the same operators when it freezes a model.
+torch runs float32 products with MKL, which leaves half of the vector units of AMD's Zen 5 idle: per core ``nn.Linear``
+reaches 108 GFLOP/s and oneDNN 250. The results differ by float32 rounding. torch.compile uses the same operators when
+it freezes a model.
 """
 
 from __future__ import annotations
@@ -11,31 +11,28 @@ import torch
 from torch import Tensor, nn
 
 LEVELS = 127
-"""Steps from zero to the largest number, in int8."""
+"""Largest int8 value in use."""
 SMALLEST = 1e-12
-"""What the largest number of a row is taken for, at least: a row of zeros has a scale too."""
+"""Lower limit of a row's largest value, so that a row of zeros has a scale."""
 
 
 def use_packed_matrices(model: nn.Module) -> None:
-    """Let the float32 ``nn.Linear`` parts of `model` compute by oneDNN, where that is to be had.
+    """Replace the float32 ``nn.Linear`` layers of `model` by `PackedLinear`, if this CPU supports it.
 
-    Nothing else changes: neither the names of the parts nor their arguments. The weights can then be used by their
-    layer alone, and no longer be trained or saved.
+    Names and arguments of the layers stay the same. Only their layer can use the packed weights; they can no longer be
+    trained or saved.
     """
     if torch.backends.cpu.get_cpu_capability() == "AVX512" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         _replace(model, PackedLinear)
 
 
 def use_int8_matrices(model: nn.Module) -> None:
-    """Let the float32 ``nn.Linear`` parts of `model` compute in int8; see `Int8Linear`.
-
-    Only where `has_int8`.
-    """
+    """Replace the float32 ``nn.Linear`` layers of `model` by `Int8Linear`. Requires `has_int8`."""
     _replace(model, Int8Linear)
 
 
 def has_int8() -> bool:
-    """Whether this CPU multiplies int8 matrices without loss (VNNI)."""
+    """Return whether this CPU multiplies int8 matrices exactly (VNNI)."""
     return bool(torch.cpu._is_vnni_supported()) and hasattr(torch.ops.onednn, "qlinear_pointwise")
 
 
@@ -43,7 +40,7 @@ class PackedLinear(nn.Linear):
     """``x @ weight.T + bias`` for ``[..., in_features]``, without gradients.
 
     Args:
-        plain: Whose weights are taken over; it is of no use afterwards.
+        plain: The layer to replace; it must not be used afterwards.
     """
 
     def __init__(self, plain: nn.Linear) -> None:
@@ -54,19 +51,19 @@ class PackedLinear(nn.Linear):
         self.bias = None if plain.bias is None else nn.Parameter(plain.bias.detach(), requires_grad=False)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """The product."""
+        """Return the product."""
         product: Tensor = torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
         return product
 
 
 class Int8Linear(nn.Module):
-    """`PackedLinear` in int8: weights have one scale for each output, inputs one for each row, as they come.
+    """`PackedLinear` in int8: weights have one scale per output, inputs one scale per row.
 
-    With a scale for each row a result depends on its own row alone. (torch's dynamically quantized linear and ONNX
-    Runtime's take one for the whole batch: a document's score then depends on what else is scored with it.)
+    With a scale per row, a result depends only on its own row. The dynamically quantized layers of torch and ONNX
+    Runtime have one scale per batch: a document's score then depends on the other documents of its batch.
 
     Args:
-        plain: Whose weights are taken over; it is of no use afterwards.
+        plain: The layer to replace; it must not be used afterwards.
     """
 
     def __init__(self, plain: nn.Linear) -> None:
@@ -81,10 +78,10 @@ class Int8Linear(nn.Module):
         self._bias = torch.zeros(self.out_features) if plain.bias is None else plain.bias.detach()
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        """The product; the input is rounded to 255 levels."""
+        """Return the product; the input is rounded to 255 levels."""
         rows = input.reshape(-1, self.in_features)
         largest = torch.maximum(rows.amax(dim=1, keepdim=True), -rows.amin(dim=1, keepdim=True)).clamp_min_(SMALLEST)
-        # To int8, which torch does quickly, and from there to uint8, which the operator takes.
+        # torch converts to int8 quickly; the operator expects uint8.
         levels = (rows * (LEVELS / largest)).round_().to(torch.int8).view(torch.uint8).bitwise_xor_(128)
         product = torch.ops.onednn.qlinear_pointwise(
             levels, 1.0, 128, self._weight, self._scale, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""

@@ -1,7 +1,7 @@
-"""Every setting of the models, parsed once into typed objects.
+"""Settings of the models, parsed once into typed objects.
 
-A value comes from the environment variable named at its field, else from ``parameters {}`` in the model's
-``config.pbtxt`` (same name as the field), else from the default here. Nothing else reads either of the two.
+A value comes from the environment variable that its field names, else from ``parameters {}`` in the model's
+``config.pbtxt`` (under the field's name), else from the default here. No other code reads either of the two.
 """
 
 from __future__ import annotations
@@ -31,44 +31,44 @@ HANG_TIMEOUT_S = 300.0
 
 
 class Env(str):
-    """Marks a field with the environment variable that overrides it."""
+    """Environment variable that overrides a field."""
 
     __slots__ = ()
 
 
 class SettingsError(Exception):
-    """A setting has a value that cannot be used; the message names it and where it came from."""
+    """A setting has an invalid value; the message names the setting, the value and its origin."""
 
 
 class ModelSettings(BaseModel):
-    """What every model has."""
+    """Settings of every model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
     model_path: Path
-    """The checkpoint folder; each model names the environment variable that overrides it."""
+    """The checkpoint folder; each model has its own environment variable for it."""
 
     threads: int = Field(default=0, ge=0, le=1024)
-    """CPU threads of one worker; 0 leaves the choice to torch."""
+    """CPU threads per worker; 0 selects torch's default."""
     start_timeout_s: float = Field(default=900.0, gt=0)
-    """Seconds that a worker may take to load its model."""
+    """Time limit for loading the model, in seconds."""
     hang_timeout_s: Annotated[float, Env("HANG_TIMEOUT")] = Field(default=HANG_TIMEOUT_S, ge=2.0, le=86_400)
-    """Seconds without a sign of life after which a worker, a stub or tritonserver is replaced; longer than the longest
-    single step."""
+    """Seconds without a sign of life after which a worker, a stub or tritonserver is replaced. It has to be longer than
+    the longest step."""
     task_timeout_s: Annotated[float, Env("TASK_TIMEOUT")] = Field(default=240.0, gt=0, le=86_400)
-    """Seconds that a request may wait in Triton's queue, and again that it may take from its arrival at an instance.
+    """Time limit of a request in Triton's queue, and again from its arrival at an instance to its answer, in seconds.
 
-    Two limits of one length and not one deadline, because Triton does not tell a model how long a request has waited.
-    A request's own timeout is applied in the same way; the client adds its deadline, which counts from the call.
+    These are two limits instead of one deadline, because Triton does not tell a model how long a request has waited. A
+    request's own timeout applies in the same way. The client's deadline counts from the call.
     """
 
     @property
     def memory_share(self) -> float | None:
-        """The part of a GPU's memory that torch may take, where it is limited."""
+        """Limit on torch's share of a GPU's memory, or None."""
         return None
 
     def gpus(self, device: str) -> tuple[int, ...]:
-        """The GPUs that a worker on `device` uses, by Triton's numbers; none on a CPU."""
+        """Return the GPUs of a worker on `device`, in Triton's numbering; none on a CPU."""
         return (int(device.partition(":")[2] or 0),) if device.startswith("cuda") else ()
 
 
@@ -78,26 +78,26 @@ class FluxSettings(ModelSettings):
     model_path: Annotated[Path, Env("FLUX_MODEL_PATH")]
     """A FLUX checkpoint folder in diffusers format."""
     dtype: Annotated[DType, Env("FLUX_DTYPE")] = "auto"
-    """The arithmetic of the weights; auto is bfloat16 on a GPU and float32 on a CPU."""
+    """dtype of the weights; auto is bfloat16 on a GPU and float32 on a CPU."""
     max_pixels: Annotated[int, Env("MAX_PIXELS")] = Field(default=2048 * 2048, ge=64 * 64, le=2**28)
-    """The pixel budget: HEIGHT times WIDTH may not exceed it."""
+    """Limit on HEIGHT times WIDTH, in pixels."""
     max_running: Annotated[int, Env("FLUX_MAX_RUNNING")] = Field(default=16, ge=1, le=1024)
-    """Images that an instance denoises at a time."""
+    """Slots: images that an instance denoises at a time."""
     max_batched_tokens: Annotated[int, Env("FLUX_MAX_BATCHED_TOKENS")] = Field(default=8192, ge=16)
-    """Image tokens of all images that an instance denoises at a time, and so of a forward; a token is 16 x 16 pixels,
-    and a true-CFG image counts twice. One image alone may exceed it."""
+    """Limit on the image tokens of all slots, and therefore of a forward. A token is 16 x 16 pixels; an image with true
+    classifier-free guidance counts twice. A single image may exceed the limit."""
     max_gpu_queue_size: Annotated[int, Env("MAX_GPU_QUEUE_SIZE")] = Field(default=4, ge=0, le=1000)
-    """Requests that an instance holds beyond those, so that an urgent one can take another one's place."""
+    """Requests that an instance holds in addition, so that an urgent one can preempt another one."""
     max_padding: float | None = Field(default=None, ge=0, le=10)
-    """Padding tokens for one of an image's own, where sizes share a forward; 0 keeps sizes apart. The default is 0.25
-    on a CPU, where it was measured, and 0 on a GPU, where it was not: there a mask rules out the fastest attention."""
+    """Largest ratio of padding to an image's own tokens if sizes share a forward; 0 keeps sizes apart. The default is
+    0.25 on a CPU, as measured, and 0 on a GPU: not measured there, and a mask rules out the fastest attention."""
     prompt_cache_bytes: int = Field(default=256 * 2**20, ge=0)
-    """Device memory for the embeddings of the last prompts."""
+    """Device memory for the cache of prompt embeddings, in bytes."""
     save_test_images: Annotated[Path | None, Env("SAVE_TEST_IMAGES")] = None
-    """A folder that keeps a copy of every image, named by task id; `true` takes one in the temporary folder."""
+    """Folder for a copy of every image, named by task id; `true` selects a folder in the temporary directory."""
 
     def padding_limit(self, device_type: str) -> float:
-        """Padding tokens for one of an image's own, at most, on a device as torch names its type."""
+        """Return the effective `max_padding` on a device type in torch's notation."""
         if self.max_padding is not None:
             return self.max_padding
         return 0.25 if device_type == "cpu" else 0.0
@@ -116,13 +116,13 @@ class FluxSettings(ModelSettings):
 
 @dataclass(frozen=True)
 class SizeLimits:
-    """What suits a model of a size."""
+    """Defaults of the limits for one model size."""
 
     max_num_seqs: int
     gpu_tokens: int
-    """Tokens in one forward on a GPU: enough to be used well, and not so many that others wait."""
+    """Tokens per forward on a GPU: enough for full utilization, few enough for short waits."""
     cpu_tokens: int
-    """The same on a CPU."""
+    """Tokens per forward on a CPU."""
     prefix_cache_bytes: int
 
 
@@ -131,7 +131,7 @@ SIZE_LIMITS = {
     "4B": SizeLimits(128, gpu_tokens=8_192, cpu_tokens=256, prefix_cache_bytes=512 * 2**20),
     "8B": SizeLimits(64, gpu_tokens=4_096, cpu_tokens=128, prefix_cache_bytes=512 * 2**20),
 }
-"""The defaults of each size that Qwen3-Reranker comes in: docs/operating.md has the reasons."""
+"""Defaults by size of Qwen3-Reranker; docs/operating.md has the reasons."""
 DEFAULT_LIMITS = SIZE_LIMITS["0.6B"]
 
 
@@ -139,48 +139,47 @@ class RerankSettings(ModelSettings):
     """Settings of the `rerank` model."""
 
     model_path: Annotated[Path, Env("RERANK_MODEL_PATH")]
-    """A reranker's folder in transformers or sentence-transformers format; or, with `model_size`, one that has those of
-    Qwen3-Reranker in it."""
+    """A reranker folder in transformers or sentence-transformers format; or, with `model_size`, the parent of the
+    Qwen3-Reranker folders."""
     dtype: Annotated[RerankDType, Env("RERANK_DTYPE")] = "auto"
-    """The arithmetic of the weights; auto is bfloat16 on a GPU and float32 on a CPU. int8 is for CPUs: the products of
-    matrices are then in int8, the rest in float32."""
+    """dtype of the weights; auto is bfloat16 on a GPU and float32 on a CPU. int8 is for CPUs: matrix products are in
+    int8, everything else in float32."""
     compiled: Annotated[bool, Env("RERANK_COMPILE")] = False
-    """Whether torch.compile fuses what lies between the products of matrices; the start then takes longer."""
+    """Use torch.compile to fuse the operators between matrix products; the start takes longer."""
     model_size: Annotated[Literal["0.6B", "4B", "8B"] | None, Env("MODEL_SIZE")] = None
-    """Picks the folder among several, and the defaults of the limits below."""
+    """Selects the checkpoint folder below `model_path`, and the defaults of the limits below."""
     engine: Annotated[Literal["torch", "vllm"], Env("ENGINE")] = "torch"
-    """What runs the model; vllm serves causal rerankers, where the package vllm is installed."""
+    """Inference engine; vllm serves causal rerankers and requires the package vllm."""
     max_num_seqs: Annotated[int, Env("MAX_NUM_SEQS")] = Field(default=DEFAULT_LIMITS.max_num_seqs, ge=1, le=65_536)
-    """Pairs of query and document in one forward, at most; the default is less for larger models."""
+    """Limit on the pairs of query and document per forward; the default is lower for larger models."""
     max_num_batched_tokens: Annotated[int, Env("MAX_NUM_BATCHED_TOKENS")] = Field(default=0, ge=0)
-    """Tokens in one forward, padding included, at most (one pair alone may exceed it); 0 is 16,384 on a GPU and 1,024
-    on a CPU, which is busy with that many for long enough to be used well, and not so long that others wait; less for
-    larger models."""
+    """Limit on the tokens per forward, including padding; a single pair may exceed it. 0 selects 16,384 on a GPU and
+    1,024 on a CPU, or less for larger models: enough for full utilization, few enough for short waits."""
     gpu_memory_utilization: Annotated[float, Env("GPU_MEMORY_UTILIZATION")] = Field(default=0.9, gt=0, le=1)
-    """The part of a GPU's memory that an instance may take: vLLM does take it, torch is limited to it if it is set."""
+    """Share of a GPU's memory for an instance. vLLM allocates all of it; torch is limited to it only if it is set."""
     tensor_parallel_size: Annotated[int, Env("TENSOR_PARALLEL_SIZE")] = Field(default=1, ge=1, le=64)
-    """GPUs that share one instance's model, with vLLM."""
+    """GPUs that share the model of one instance; vLLM only."""
     gpu_groups: tuple[tuple[int, ...], ...] = ()
-    """Which GPUs those are, as in ``0,1;2,3``: `genserve serve` writes it. A group goes by its first; without groups,
-    it is the GPUs that follow the instance's own."""
+    """Groups of those GPUs, like ``0,1;2,3``; `genserve serve` writes them. The instance's own GPU is the first of its
+    group. Without groups, it is the instance's own GPU and the ones after it."""
     max_length: int = Field(default=0, ge=0)
-    """Tokens of one pair, at most; 0 takes the checkpoint's own limit."""
+    """Limit on the tokens of one pair; 0 selects the checkpoint's limit."""
     max_waiting_requests: int = Field(default=64, ge=1, le=10_000)
-    """Requests that an instance holds before it leaves the others in Triton's queue."""
+    """Requests that an instance holds; more of them wait in Triton's queue."""
     max_held_batches: int = Field(default=8, ge=1, le=10_000)
-    """Forwards' worth of tokens that an instance holds before it leaves the others in Triton's queue."""
+    """Tokens that an instance holds, in full forwards; requests beyond them wait in Triton's queue."""
 
     prefix_cache_bytes: int = Field(default=DEFAULT_LIMITS.prefix_cache_bytes, ge=0)
-    """Device memory for the keys and values of what prompts of a causal reranker have in common; 0 turns that off. The
-    default is more for larger models; vLLM on a GPU takes what `gpu_memory_utilization` leaves it."""
+    """Device memory for the keys and values of common prompt prefixes of a causal reranker, in bytes; 0 disables the
+    cache. The default is higher for larger models. vLLM on a GPU uses the rest of `gpu_memory_utilization` instead."""
 
     score_cache_bytes: Annotated[int, Env("SCORE_CACHE_BYTES")] = Field(default=64 * 2**20, ge=0)
-    """Memory for the scores of the last pairs of query and document; 0 turns that off."""
+    """Memory for the cache of scores by query and document, in bytes; 0 disables it."""
 
     @model_validator(mode="before")
     @classmethod
     def _sized(cls, values: Any) -> Any:
-        """Do what `model_size` stands for, where nothing else has been said."""
+        """Apply `model_size` to the path and to the limits that are not set."""
         limits = SIZE_LIMITS.get(str(values.get("model_size")))
         if not limits:
             return values
@@ -191,16 +190,16 @@ class RerankSettings(ModelSettings):
 
     @field_validator("engine")
     @classmethod
-    def _torch_alone(cls, value: str, info: ValidationInfo) -> str:
+    def _check_torch_only(cls, value: str, info: ValidationInfo) -> str:
         if value == "vllm" and info.data.get("dtype") == "int8":
-            raise ValueError("int8 is for torch alone; choose another RERANK_DTYPE")
+            raise ValueError("int8 works with torch only; choose another RERANK_DTYPE")
         if value == "vllm" and info.data.get("compiled"):
-            raise ValueError("RERANK_COMPILE is for torch alone; vLLM compiles as it sees fit")
+            raise ValueError("RERANK_COMPILE works with torch only; vLLM decides itself what to compile")
         return value
 
     @field_validator("compiled")
     @classmethod
-    def _not_int8(cls, value: bool, info: ValidationInfo) -> bool:
+    def _check_compiled(cls, value: bool, info: ValidationInfo) -> bool:
         if value and info.data.get("dtype") == "int8":
             raise ValueError("int8 cannot be compiled; choose another RERANK_DTYPE")
         return value
@@ -212,34 +211,34 @@ class RerankSettings(ModelSettings):
 
     @field_validator("tensor_parallel_size")
     @classmethod
-    def _vllm_alone(cls, value: int, info: ValidationInfo) -> int:
+    def _check_vllm_only(cls, value: int, info: ValidationInfo) -> int:
         if value > 1 and info.data.get("engine") == "torch":
-            raise ValueError("one instance uses several GPUs with ENGINE=vllm alone")
+            raise ValueError("several GPUs per instance require ENGINE=vllm")
         return value
 
     def token_budget(self, device: str) -> int:
-        """Tokens in one forward, at most, on a device as torch names it."""
+        """Return the limit on the tokens per forward, for a device in torch's notation."""
         limits = SIZE_LIMITS[self.model_size] if self.model_size else DEFAULT_LIMITS
         return self.max_num_batched_tokens or (limits.gpu_tokens if device.startswith("cuda") else limits.cpu_tokens)
 
     @property
     def memory_share(self) -> float | None:
-        """The part of a GPU's memory that torch may take, where it is limited."""
+        """Limit on torch's share of a GPU's memory, or None."""
         is_set = self.engine == "torch" and "gpu_memory_utilization" in self.model_fields_set
         return self.gpu_memory_utilization if is_set else None
 
     def gpus(self, device: str) -> tuple[int, ...]:
-        """The GPUs that a worker on `device` uses: with vLLM those of its group."""
-        alone = super().gpus(device)
-        if self.engine == "torch" or not alone:
-            return alone
-        first = alone[0]
+        """Return the GPUs of a worker on `device`; with vLLM those of its group."""
+        own = super().gpus(device)
+        if self.engine == "torch" or not own:
+            return own
+        first = own[0]
         following = tuple(range(first, first + self.tensor_parallel_size))
         return next((group for group in self.gpu_groups if group[0] == first), following)
 
 
 _CHECKPOINT_FILES = ("config.json", "modules.json")
-"""What a checkpoint's own folder has one of."""
+"""A checkpoint folder has one of these."""
 
 
 SettingsT = TypeVar("SettingsT", bound=ModelSettings)
@@ -257,8 +256,8 @@ def load(
     Args:
         kind: The settings class of the model.
         parameters: The ``parameters {}`` of its config.pbtxt.
-        repository: The model repository; a relative ``model_path`` starts there.
-        environ: Where the overrides come from.
+        repository: The model repository, the base of a relative ``model_path``.
+        environ: The environment with the overrides.
 
     Raises:
         SettingsError: A value is missing, unknown or out of range.

@@ -1,4 +1,4 @@
-"""GenServe's client: FLUX and a reranker behind Triton, in two verbs.
+"""GenServe client: image generation with FLUX and reranking, served by Triton.
 
 >>> from genserve import Client
 >>> with Client("localhost:8001") as client:

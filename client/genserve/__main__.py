@@ -1,4 +1,4 @@
-"""``python -m genserve`` is the command line."""
+"""Entry point of ``python -m genserve``: the command line."""
 
 from genserve.cli import main
 

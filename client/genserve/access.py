@@ -1,4 +1,4 @@
-"""The way to a server: its address, TLS, and the headers that a gateway asks for."""
+"""Access to a server: address, TLS certificates and request headers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from genserve.errors import InvalidInput
 
 DEFAULT_PORTS = {"http": 80, "https": 443, "grpcs": 443}
-"""Triton's gRPC port has no default: ``localhost`` alone would be too easy a mistake."""
+"""``grpc`` has no default port, so that ``localhost`` without a port is an error."""
 GRPC_SCHEMES = ("grpc", "grpcs")
 SECURE_SCHEMES = ("https", "grpcs")
 ALLOWED_URLS = (
@@ -24,7 +24,7 @@ _VALUE = re.compile(r"[ -~]*")
 RESERVED_HEADERS = frozenset(
     {"connection", "content-length", "content-type", "inference-header-content-length", "te", "transfer-encoding"}
 )
-"""Headers that the client sets by itself."""
+"""Headers that only the client sets."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Address:
     Attributes:
         scheme: ``grpc``, ``grpcs``, ``http`` or ``https``.
         authority: ``host:port``, with brackets around an IPv6 address.
-        prefix: The path in front of Triton's own, without a slash at its end; HTTP only.
+        prefix: The path before Triton's own, without a trailing slash. HTTP only.
     """
 
     scheme: str
@@ -48,43 +48,43 @@ class Address:
 
     @property
     def is_secure(self) -> bool:
-        """True where the connection is encrypted."""
+        """True for an encrypted connection."""
         return self.scheme in SECURE_SCHEMES
 
     @classmethod
     def parse(cls, url: str) -> Address:
-        """Return the address that a URL names.
+        """Parse a URL.
 
         Raises:
-            InvalidInput: The URL is of another form, or holds a user's name or password.
+            InvalidInput: The URL has another form, or contains a user name or password.
         """
-        refused = InvalidInput(f"url is {url!r}; allowed: {ALLOWED_URLS}")
+        invalid = InvalidInput(f"url is {url!r}; allowed: {ALLOWED_URLS}")
         try:
             parts = urlsplit(url if "://" in url else f"grpc://{url}")
             port = parts.port or DEFAULT_PORTS.get(parts.scheme)
         except ValueError:
-            raise refused from None
+            raise invalid from None
         if "@" in parts.netloc:
-            # The message does not repeat them.
-            raise InvalidInput("url holds a user's name or password; allowed: give them in headers")
+            # The message must not repeat the credentials.
+            raise InvalidInput("url contains a user name or password; allowed: send credentials in headers")
         host = parts.hostname or ""
         prefix = parts.path.rstrip("/")
-        is_known = parts.scheme in {*GRPC_SCHEMES, "http", "https"}
+        is_supported = parts.scheme in {*GRPC_SCHEMES, "http", "https"}
         is_plain = not (parts.query or parts.fragment) and url.isprintable() and " " not in url
-        if not (is_known and is_plain and host and port) or (prefix and parts.scheme in GRPC_SCHEMES):
-            raise refused
+        if not (is_supported and is_plain and host and port) or (prefix and parts.scheme in GRPC_SCHEMES):
+            raise invalid
         return cls(parts.scheme, f"[{host}]:{port}" if ":" in host else f"{host}:{port}", prefix)
 
 
 @dataclass(frozen=True)
 class TLS:
-    """The certificates for ``https://`` and ``grpcs://`` addresses; without effect on others.
+    """Certificates for ``https://`` and ``grpcs://`` addresses; ignored for the others.
 
     Attributes:
-        ca: PEM file with the authorities to trust; None for those that the system (HTTP) or gRPC trusts.
-        cert: PEM file with this client's certificate, for servers that ask for one.
-        key: PEM file with its key.
-        verify: Whether the server's certificate is checked. False is possible over HTTP only.
+        ca: PEM file with the trusted authorities. None selects the system's (HTTP) or gRPC's own.
+        cert: PEM file with the client's certificate, for mutual TLS.
+        key: PEM file with the certificate's key, without a password.
+        verify: Check the server's certificate. False works over HTTP only.
     """
 
     ca: str | Path | None = None
@@ -93,10 +93,10 @@ class TLS:
     verify: bool = True
 
     def check(self) -> None:
-        """Read the files.
+        """Check that the files are readable.
 
         Raises:
-            InvalidInput: One cannot be read, or a certificate lacks its key, or a key its certificate.
+            InvalidInput: A file is not readable, or only one of `cert` and `key` is given.
         """
         if (self.cert is None) != (self.key is None):
             raise InvalidInput("TLS has only one of cert and key; allowed: both, or neither")
@@ -111,7 +111,7 @@ class TLS:
         """Return the context for HTTP connections.
 
         Raises:
-            InvalidInput: A file cannot be read, or holds no certificate or key.
+            InvalidInput: A file is not readable, or contains no certificate or key.
         """
         self.check()
         try:
@@ -131,18 +131,18 @@ def _no_password() -> str:
 
 
 def checked_headers(headers: Mapping[str, str] | None) -> dict[str, str]:
-    """Return the headers.
+    """Return a checked copy of the headers.
 
     Raises:
-        InvalidInput: One cannot be sent. The message names it, never its value.
+        InvalidInput: A header cannot be sent. The message names the header, never its value.
     """
     checked = dict(headers or {})
     for name, value in checked.items():
         if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise InvalidInput("headers hold a name that is none; allowed: letters, digits and hyphens")
+            raise InvalidInput("headers contain an invalid name; allowed: letters, digits and hyphens")
         lower = name.lower()
         if lower in RESERVED_HEADERS or lower.startswith("grpc-") or lower.endswith("-bin"):
-            raise InvalidInput(f"headers hold {name}, which is not the caller's to set")
+            raise InvalidInput(f"headers contain {name}, which only the client sets")
         if not isinstance(value, str) or not _VALUE.fullmatch(value):
             raise InvalidInput(f"headers: the value of {name} cannot be sent; allowed: printable ASCII")
     return checked

@@ -1,4 +1,4 @@
-"""The command line: every verb prints one clear line on stderr and exits with 1 when it fails."""
+"""Command line. A verb that fails prints one line on stderr and exits with code 1."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from genserve.errors import GenServeError
 
 
 class Group(click.Group):
-    """The verbs; errors that are meant for the user become one line and exit code 1."""
+    """Command group that turns expected errors into one line on stderr and exit code 1."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the verb."""
@@ -21,13 +21,13 @@ class Group(click.Group):
         except GenServeError as error:
             fail(f"{type(error).__name__}: {error}")
         except ModuleNotFoundError as error:
-            fail(f"{error.name} is not installed: pip install 'genserve[serve]' brings what {ctx.info_name} needs")
+            fail(f"{error.name} is not installed; {ctx.info_name} needs: pip install 'genserve[serve]'")
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="genserve")
 def main() -> None:
-    """FLUX and rerankers on Triton: serve them, and call them."""
+    """Serve and call FLUX and rerankers on Triton."""
 
 
 for verb in (*cli_calls.VERBS, *cli_serve.VERBS):

@@ -1,4 +1,4 @@
-"""The verbs that ask servers."""
+"""Verbs that call servers."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ output_type = click.Path(dir_okay=False, readable=False, path_type=Path)
 @click.command()
 @click.argument("prompt")
 @click.option("-o", "--output", type=output_type, required=True, help="File to write.")
-@click.option("--negative-prompt", help="What the image should not show.")
+@click.option("--negative-prompt", help="Content to keep out of the image.")
 @click.option("--true-cfg-scale", type=float, help="Scale of the negative prompt, 1 to 20.")
 @click.option("--height", type=int, help="Pixels, a multiple of 16.")
 @click.option("--width", type=int, help="Pixels, a multiple of 16.")
 @click.option("--steps", type=int, help="Denoising steps, 1 to 100.")
 @click.option("--guidance", type=float, help="Guidance scale, 0 to 20.")
-@click.option("--seed", type=int, help="The same seed gives the same image.")
-@click.option("--format", "image_format", help="png, jpeg or webp  [default: what the file's name says]")
+@click.option("--seed", type=int, help="0 to 2^63 - 1; the same seed gives the same image.  [default: random]")
+@click.option("--format", "image_format", help="png, jpeg or webp.  [default: from the file name]")
 @request_options
 @server_options
 @json_option
@@ -48,7 +48,7 @@ def generate(
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Make an image from PROMPT."""
+    """Generate an image from PROMPT."""
     check_output(output)
     image_format = image_format or SUFFIXES.get(output.suffix.lower(), "png")
     with servers.client(retry_for=retry_for) as client:
@@ -67,13 +67,13 @@ def generate(
 @click.command()
 @click.argument("query")
 @click.argument("file", type=click.File(encoding="utf-8"))
-@click.option("--top-n", type=click.IntRange(min=1), help="How many to print.  [default: all]")
-@click.option("--instruction", help="Task instruction, for rerankers that take one.")
+@click.option("--top-n", type=click.IntRange(min=1), help="Number of documents to print.  [default: all]")
+@click.option("--instruction", help="Task instruction, for rerankers that support one.")
 @click.option(
     "--windows",
     type=click.IntRange(1, 64),
     default=1,
-    help="Parts in which a document that is too long is read; the best one counts.  [default: 1, cut it]",
+    help="Overlapping windows per long document; the best score counts.  [default: 1, truncate]",
 )
 @request_options
 @server_options
@@ -91,7 +91,7 @@ def rerank(
     servers: Servers,
     as_json: bool,
 ) -> None:
-    """Rank the documents in FILE, one a line (- for standard input), by relevance to QUERY."""
+    """Rank the documents in FILE by relevance to QUERY: one per line, - for standard input."""
     try:
         documents = [line.rstrip("\r\n") for line in file if line.strip()]
     except UnicodeDecodeError:
@@ -116,11 +116,14 @@ def rerank(
 
 @click.command()
 @click.argument("task_id")
-@click.option("--preview", type=output_type, help="File for the image so far, a JPEG; not written where there is none.")
+@click.option("--preview", type=output_type, help="Write the preview, a JPEG, to this file if there is one.")
 @server_options
 @json_option
 def task(task_id: str, preview: Path | None, servers: Servers, as_json: bool) -> None:
-    """Show how far the task TASK_ID has come. One in Triton's queue is unknown, as is one that ended long ago."""
+    """Show the state of task TASK_ID.
+
+    A task that waits in Triton's queue is unknown, and so is one that ended long ago.
+    """
     if preview:
         check_output(preview)
     with servers.client() as client:
@@ -135,7 +138,7 @@ def task(task_id: str, preview: Path | None, servers: Servers, as_json: bool) ->
 @server_options
 @json_option
 def cancel(task_id: str, servers: Servers, as_json: bool) -> None:
-    """End the task TASK_ID at its next step, or as soon as it leaves Triton's queue."""
+    """Cancel task TASK_ID at its next step, or as soon as it leaves Triton's queue."""
     with servers.client() as client:
         found = client.cancel(task_id)
     _print_task(found, as_json=as_json)
@@ -160,12 +163,12 @@ def _task_line(task: TaskStatus) -> str:
 @server_options
 @json_option
 def status(servers: Servers, as_json: bool) -> None:
-    """Show each server's state and what it has in flight. Fails when one of them is not ready."""
+    """Show each server's state, models and tasks in flight. Fail if a server is not ready."""
     with servers.client() as client:
         found = client.status()
     if as_json:
-        rows = [{**asdict(server), "tasks": [task.as_dict() for task in server.tasks]} for server in found]
-        click.echo(json.dumps(rows))
+        servers_json = [{**asdict(server), "tasks": [task.as_dict() for task in server.tasks]} for server in found]
+        click.echo(json.dumps(servers_json))
     else:
         for server in found:
             _print_status(server)
@@ -193,7 +196,7 @@ def _print_status(server: ServerStatus) -> None:
 @server_options
 @json_option
 def models(servers: Servers, as_json: bool) -> None:
-    """List the models and whether they are ready."""
+    """List the models and their states."""
     with servers.client() as client:
         found = client.models()
     if as_json:

@@ -1,4 +1,4 @@
-"""Options that several verbs share, and the checks that come before a server is asked."""
+"""Options shared by several verbs, and checks made before a server is called."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ http_port_option = click.option("--http-port", type=click.IntRange(1, 65535), de
 
 _REQUEST_OPTIONS = (
     click.option("--priority", type=click.Choice(list(PRIORITIES)), default="normal", show_default=True),
-    click.option("--timeout", type=float, default=DEFAULT_TIMEOUT_S, show_default=True, help="Seconds, in all."),
+    click.option(
+        "--timeout", type=float, default=DEFAULT_TIMEOUT_S, show_default=True, help="Seconds for the whole call."
+    ),
     click.option(
         "--retry-for",
         type=click.FloatRange(min=0),
         default=0.0,
         show_default=True,
-        help="Seconds to go on trying while no server can be reached.",
+        help="Seconds to retry while no server is reachable.",
     ),
     click.option(
         "--task-id", help=f"Id for `genserve task` and `cancel`, at most {MAX_TASK_ID_CHARACTERS} characters."
@@ -43,26 +45,27 @@ _SERVER_OPTIONS = (
         "--url",
         "urls",
         multiple=True,
-        help="Server address: HOST:PORT or grpcs://HOST for gRPC, http://HOST:PORT or https://HOST for HTTP. Repeat it"
-        f" for several servers.  [env: {URL_ENV}; default: {DEFAULT_URL}]",
+        help="Server address: HOST:PORT or grpcs://HOST for gRPC, http://HOST:PORT or https://HOST for HTTP."
+        f" Repeatable.  [env: {URL_ENV}, comma-separated; default: {DEFAULT_URL}]",
     ),
     click.option(
         "--header",
         "headers",
         multiple=True,
         metavar="'NAME: VALUE'",
-        help="Header of every request, as a gateway may want it. Repeat it for several."
-        f"  [env: {HEADERS_ENV}, one a line]",
+        help=f"Header sent with every request, as for a gateway. Repeatable.  [env: {HEADERS_ENV}, one per line]",
     ),
-    click.option("--ca", type=Path, envvar="GENSERVE_CA", show_envvar=True, help="Authorities to trust, a PEM file."),
-    click.option("--cert", type=Path, envvar="GENSERVE_CERT", show_envvar=True, help="This client's certificate."),
-    click.option("--key", type=Path, envvar="GENSERVE_KEY", show_envvar=True, help="Its key."),
+    click.option("--ca", type=Path, envvar="GENSERVE_CA", show_envvar=True, help="Trusted authorities, a PEM file."),
+    click.option("--cert", type=Path, envvar="GENSERVE_CERT", show_envvar=True, help="Client certificate, a PEM file."),
+    click.option(
+        "--key", type=Path, envvar="GENSERVE_KEY", show_envvar=True, help="Key of that certificate, a PEM file."
+    ),
 )
 
 
 @dataclass(frozen=True)
 class Servers:
-    """The servers that a verb asks, and the way to them."""
+    """Servers that a verb calls, with headers and certificates."""
 
     urls: tuple[str, ...]
     headers: dict[str, str]
@@ -74,7 +77,7 @@ class Servers:
         return bool(self.urls)
 
     def client(self, **options: Any) -> Client:
-        """Return a client of them; of the context's transport where one is set, as tests do."""
+        """Return a client for these servers, or for the click context's transport if one is set, as in tests."""
         transport = click.get_current_context().obj
         if transport is not None:
             return Client(transport=transport, **options)
@@ -83,7 +86,7 @@ class Servers:
 
 
 def server_options(verb: Verb) -> Verb:
-    """Add the options for servers to a verb, which gets them as `servers`."""
+    """Add the server options to a verb, which receives them as `servers`."""
 
     @functools.wraps(verb)
     def with_servers(
@@ -100,7 +103,7 @@ def server_options(verb: Verb) -> Verb:
 
 
 def request_options(verb: Verb) -> Verb:
-    """Add the options that every request has to a verb: priority, timeout, retry_for and task_id."""
+    """Add the request options to a verb: priority, timeout, retry_for and task_id."""
     return _with(_REQUEST_OPTIONS, verb)
 
 
@@ -111,7 +114,7 @@ def _with(options: Sequence[Callable[[Verb], Verb]], verb: Verb) -> Verb:
 
 
 def _headers(given: tuple[str, ...]) -> dict[str, str]:
-    """Return the headers of the environment and the command line; the latter wins. No message repeats a value."""
+    """Return the headers of environment and command line. The command line wins; no message repeats a value."""
     headers: dict[str, str] = {}
     sources = [(HEADERS_ENV, os.environ.get(HEADERS_ENV, "").splitlines()), ("--header", given)]
     for source, lines in sources:
@@ -119,13 +122,13 @@ def _headers(given: tuple[str, ...]) -> dict[str, str]:
             name, colon, value = line.partition(":")
             if not colon:
                 raise click.BadParameter("a header has no colon; allowed: 'NAME: VALUE'", param_hint=source)
-            headers = {known: old for known, old in headers.items() if known.lower() != name.strip().lower()}
+            headers = {key: old for key, old in headers.items() if key.lower() != name.strip().lower()}
             headers[name.strip()] = value.strip()
     return headers
 
 
 def check_output(path: Path) -> None:
-    """End the program with one line if a file cannot be written; create and change nothing."""
+    """Exit with one line if a file cannot be written. Create and change nothing."""
     place, wanted = path, os.W_OK
     try:
         if not _exists(path):
@@ -138,7 +141,7 @@ def check_output(path: Path) -> None:
 
 
 def _exists(path: Path) -> bool:
-    """Return whether the path exists; raise OSError where it cannot, as below a file."""
+    """Return whether the path exists. Raise OSError if it cannot exist, as below a file."""
     try:
         path.stat()
     except FileNotFoundError:
@@ -147,7 +150,7 @@ def _exists(path: Path) -> bool:
 
 
 def write_output(path: Path, data: bytes) -> None:
-    """Write a file, or end the program with one line."""
+    """Write a file, or exit with one line."""
     try:
         path.write_bytes(data)
     except OSError as error:
@@ -155,6 +158,6 @@ def write_output(path: Path, data: bytes) -> None:
 
 
 def fail(message: str) -> NoReturn:
-    """End the program with one line on stderr."""
+    """Exit with code 1 and one line on stderr."""
     click.echo(f"genserve: {' '.join(message.split())}", err=True)
     sys.exit(1)

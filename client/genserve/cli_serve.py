@@ -1,4 +1,4 @@
-"""The verbs that start, stop and examine servers."""
+"""Verbs that start, stop and check servers."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from genserve.cli_options import Servers, fail, http_port_option, json_option, s
 
 
 @click.command()
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to bind to; 0.0.0.0 for all.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to bind to; 0.0.0.0 for every interface.")
 @http_port_option
 @click.option("--grpc-port", type=click.IntRange(1, 65535), default=8001, show_default=True)
 @click.option("--metrics-port", type=click.IntRange(1, 65535), default=8002, show_default=True)
 @click.option("--repository", type=click.Path(path_type=Path), help="Model repository.  [default: ./model_repository]")
-@click.option("--gpus", help="GPU ids, as in 0,1.  [default: all; or FLUX_GPUS and RERANK_GPUS]")
-@click.option("--model", "models_", multiple=True, help="Serve this model only. Repeat it for several.")
-@click.option("--instances", multiple=True, metavar="MODEL=N", help="Instances of a model on each device.")
-@click.option("--detach", is_flag=True, help="Return when the server is ready, and leave it running.")
-@click.option("-v", "--verbose", is_flag=True, help="Show Triton's informational log lines too.")
+@click.option("--gpus", help="GPU ids, as in 0,1.  [default: FLUX_GPUS and RERANK_GPUS, else all]")
+@click.option("--model", "models_", multiple=True, help="Serve only this model. Repeatable.")
+@click.option("--instances", multiple=True, metavar="MODEL=N", help="Instances per device. Repeatable.")
+@click.option("--detach", is_flag=True, help="Return when the server is ready and leave it running.")
+@click.option("-v", "--verbose", is_flag=True, help="Log Triton's informational lines too.")
 @json_option
 def serve(
     repository: Path | None,
@@ -34,7 +34,7 @@ def serve(
     as_json: bool,
     **addresses: Any,
 ) -> None:
-    """Start Triton with the model repository, and keep it running until Ctrl-C."""
+    """Start Triton with the model repository and keep it running until Ctrl-C."""
     from genserve.serve.options import ServeError, ServeOptions
     from genserve.serve.server import Server, start_detached
 
@@ -81,7 +81,7 @@ def _instance_count(text: str) -> tuple[str, int]:
 @http_port_option
 @json_option
 def stop(http_port: int, as_json: bool) -> None:
-    """End the server on that HTTP port, after its requests in flight have finished."""
+    """Stop the server on an HTTP port after its requests in flight have finished."""
     from genserve.serve.options import ServeError
     from genserve.serve.state import stop_server
 
@@ -90,7 +90,7 @@ def stop(http_port: int, as_json: bool) -> None:
             stopped = {"stopped": http_port}
             click.echo(json.dumps(stopped) if as_json else f"stopped the server on HTTP port {http_port}")
         else:
-            fail(f"no server that `genserve serve` started runs on HTTP port {http_port}")
+            fail(f"no server started by `genserve serve` runs on HTTP port {http_port}")
     except ServeError as error:
         fail(str(error))
 
@@ -100,9 +100,9 @@ def stop(http_port: int, as_json: bool) -> None:
 @server_options
 @json_option
 def doctor(http_port: int, servers: Servers, as_json: bool) -> None:
-    """Check what serving needs on this machine, and say what to do about what is missing.
+    """Check this machine for the requirements of serving, with advice for each that is missing.
 
-    With --url, check that those servers are ready instead.
+    With --url, check instead that those servers are ready.
     """
     from genserve.serve.doctor import examine, examine_servers
 

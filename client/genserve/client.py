@@ -1,4 +1,4 @@
-"""The synchronous client."""
+"""Synchronous client."""
 
 from __future__ import annotations
 
@@ -15,37 +15,36 @@ from genserve.access import TLS
 from genserve.errors import InvalidInput, QueueFull, ServerUnavailable, located
 from genserve.protocol import Call, Outputs, generate_call, generated_image, ranking, rerank_call
 from genserve.retry import Deadline, Retries, checked_timeout
-from genserve.status import answers, model_statuses, server_status
+from genserve.status import model_statuses, probe, server_status
 from genserve.transport import Transport, connect
 from genserve.types import GeneratedImage, ImageFormat, ModelStatus, Priority, Ranking, ServerStatus, TaskStatus
 
 DEFAULT_URL = "localhost:8001"
 DEFAULT_TIMEOUT_S = 600.0
-"""More than the server lets a request wait and run; never for ever, which is tritonclient's default over gRPC."""
+"""Longer than the server lets a request wait and run. tritonclient's default over gRPC has no limit."""
 
 T = TypeVar("T")
 
 
 class Client:
-    """A client of one GenServe server, or of several that share its requests. Thread-safe.
+    """Client for one GenServe server, or for several that share its requests. Thread-safe.
 
-    Requests go to the server with the fewest of this client's requests under way. One that a server cannot take
-    (unreachable, or its queue is full) goes to the others in turn: requests are pure functions of their inputs.
+    A request goes to the server with the fewest of this client's requests in flight. If that server is unreachable or
+    its queue is full, the others are tried in turn. Requests are pure functions of their inputs, so sending one again
+    is safe.
 
     Args:
         url: ``host:port`` or ``grpcs://host`` for gRPC, ``http://host:port`` or ``https://host/prefix`` for HTTP, or a
-            list of such; None for ``localhost:8001``.
-        timeout: Seconds that a call may take in all, where the call does not say otherwise. Servers hear of it: they
-            give a request up when its time is over.
-        retry_for: Seconds to go on trying while no server can be reached, or a gateway asks to come back later; 0
-            fails at once.
+            list of either. Default: ``localhost:8001``.
+        timeout: Default deadline of a call, in seconds. Servers receive it and abort a request that passes it.
+        retry_for: Seconds to retry while no server is reachable or a gateway asks to retry later. 0 fails at once.
         tls: Certificates for ``grpcs://`` and ``https://``.
-        headers: Sent with every request, as ``{"Authorization": "Bearer ..."}``; over gRPC as metadata.
-        transport: One connection of one's own, or several, instead of `url`, `tls` and `headers`: the way to test code
-            that uses a Client. See `genserve.Transport`.
+        headers: Headers of every request, as ``{"Authorization": "Bearer ..."}``; over gRPC they are metadata.
+        transport: One or several custom transports in place of `url`, `tls` and `headers`, for tests of code that uses
+            a Client. See `genserve.Transport`.
 
     Raises:
-        InvalidInput: An argument cannot be used.
+        InvalidInput: An argument is not usable.
     """
 
     def __init__(
@@ -72,7 +71,7 @@ class Client:
             self._servers = list(transport) if isinstance(transport, Sequence) else [transport]
         if not self._servers:
             raise InvalidInput(f"{'url' if transport is None else 'transport'} is an empty list; allowed: at least one")
-        self._under_way = dict.fromkeys(range(len(self._servers)), 0)
+        self._in_flight = dict.fromkeys(range(len(self._servers)), 0)
         self._turn = itertools.count()
         self._lock = threading.Lock()
 
@@ -106,22 +105,22 @@ class Client:
         timeout: float | None = None,
         task_id: str | None = None,
     ) -> GeneratedImage:
-        """Make an image. What is None keeps the checkpoint's default.
+        """Generate an image. An argument that is None selects the checkpoint's default.
 
         Args:
             prompt: 1 to 10,000 characters.
-            negative_prompt: What the image should not show; turns on true classifier-free guidance.
-            true_cfg_scale: Its scale, 1 to 20.
+            negative_prompt: Content to keep out of the image; turns on true classifier-free guidance.
+            true_cfg_scale: Scale of true classifier-free guidance, 1 to 20.
             height: Pixels, a multiple of 16, at least 64.
-            width: The same.
+            width: Pixels, a multiple of 16, at least 64.
             steps: Denoising steps, 1 to 100.
             guidance: Guidance scale, 0 to 20.
-            seed: 0 to 2**63 - 1; the same seed gives the same image.
+            seed: 0 to 2**63 - 1; the same seed gives the same image. Default: a random one.
             lora: Adapters, as ``{"name": str, "weight": float}``.
             format: ``png``, ``jpeg`` or ``webp``.
             priority: ``high``, ``normal`` or ``low``.
-            timeout: Seconds that the call may take in all.
-            task_id: An id of one's own, at most 256 characters, for `task`, `cancel` and the server's log.
+            timeout: Deadline of the call, in seconds.
+            task_id: The caller's own id, at most 256 characters, for `task`, `cancel` and the server's log.
 
         Raises:
             GenServeError: See `genserve.errors`.
@@ -154,18 +153,18 @@ class Client:
         timeout: float | None = None,
         task_id: str | None = None,
     ) -> Ranking:
-        """Score documents against a query, and sort them by relevance.
+        """Score documents against a query and sort them by relevance.
 
         Args:
             query: 1 to 10,000 characters.
             documents: 1 to 1,000 texts.
-            top_n: How many to return; None for all.
-            instruction: The task instruction of instruction-tuned rerankers; None for the model's own.
-            windows: Overlapping parts, 1 to 64, in which a document beyond the model's length limit is read at most;
-                its score is the highest of theirs. 1 cuts it at the limit.
+            top_n: Number of documents to return; None returns all.
+            instruction: Task instruction of instruction-tuned rerankers; None selects the model's own.
+            windows: Maximum number of overlapping windows, 1 to 64, for a document beyond the model's length limit. The
+                highest window score counts. 1 truncates the document.
             priority: ``high``, ``normal`` or ``low``.
-            timeout: Seconds that the call may take in all.
-            task_id: An id of one's own, at most 256 characters, for `task`, `cancel` and the server's log.
+            timeout: Deadline of the call, in seconds.
+            task_id: The caller's own id, at most 256 characters, for `task`, `cancel` and the server's log.
 
         Raises:
             GenServeError: See `genserve.errors`.
@@ -188,45 +187,45 @@ class Client:
         return self._infer(call, timeout, lambda outputs: ranking(outputs, documents, top_n))
 
     def task(self, task_id: str) -> TaskStatus:
-        """Return how far a task has come, with a preview of its image.
+        """Return a task's state, progress and preview.
 
         Args:
-            task_id: The id that `generate` or `rerank` was called with.
+            task_id: The `task_id` given to `generate` or `rerank`.
 
         Raises:
-            GenServeError: See `genserve.errors`. An id that no server knows is no error: its state is ``unknown``.
+            GenServeError: See `genserve.errors`. An id that no server has is no error; its state is ``unknown``.
         """
         deadline = Deadline(self._timeout)
-        return self._retried(deadline, lambda: tasks.find(self._servers, task_id, deadline))
+        return self._with_retries(deadline, lambda: tasks.find(self._servers, task_id, deadline))
 
     def cancel(self, task_id: str) -> TaskStatus:
-        """Ask for the end of a task, which then raises `Cancelled` in its caller; return how far it had come.
+        """Cancel a task and return its state at that moment. Its own caller gets `Cancelled`.
 
-        It ends at its next step. One that still waits in Triton's queue, where no server knows it, ends as soon as it
-        leaves the queue. One that has ended already stays as it is.
+        A running task ends at its next step. A task in Triton's queue, which `tasks` cannot see, ends as soon as it
+        leaves the queue. A task that has ended is unchanged.
 
         Args:
-            task_id: The id that `generate` or `rerank` was called with.
+            task_id: The `task_id` given to `generate` or `rerank`.
 
         Raises:
             GenServeError: See `genserve.errors`.
         """
         deadline = Deadline(self._timeout)
-        return self._retried(deadline, lambda: tasks.cancel(self._servers, task_id, deadline))
+        return self._with_retries(deadline, lambda: tasks.cancel(self._servers, task_id, deadline))
 
     def health(self) -> bool:
-        """Return whether at least one server is ready to serve every one of its models."""
-        return any(answers(server.ready) for server in self._servers)
+        """Return whether at least one server has all of its models ready."""
+        return any(probe(server.ready) for server in self._servers)
 
     def status(self) -> list[ServerStatus]:
-        """Return each server's state; one that cannot be reached is listed as not live."""
+        """Return each server's state. An unreachable server is listed with ``live=False``."""
         return [server_status(server) for server in self._servers]
 
     def models(self) -> list[ModelStatus]:
-        """Return the models of the first server that can be reached.
+        """Return the models of the first reachable server.
 
         Raises:
-            ServerUnavailable: None can.
+            ServerUnavailable: No server is reachable.
         """
 
         def ask(index: int) -> list[ModelStatus]:
@@ -235,25 +234,25 @@ class Client:
 
         return self._try_servers(range(len(self._servers)), ask)
 
-    def _infer(self, call: Call, timeout: float | None, read: Callable[[Outputs], T]) -> T:
+    def _infer(self, call: Call, timeout: float | None, parse: Callable[[Outputs], T]) -> T:
         deadline = Deadline(self._timeout if timeout is None else timeout)
 
         def send(index: int) -> T:
             remaining_s = deadline.left()
             with self._lock:
-                self._under_way[index] += 1
+                self._in_flight[index] += 1
             try:
                 with located(url=self._servers[index].url):
-                    return read(self._servers[index].infer(call, remaining_s))
+                    return parse(self._servers[index].infer(call, remaining_s))
             finally:
                 with self._lock:
-                    self._under_way[index] -= 1
+                    self._in_flight[index] -= 1
 
         with located(model=call.model, request_id=call.request_id):
-            return self._retried(deadline, lambda: self._try_servers(self._by_load(), send))
+            return self._with_retries(deadline, lambda: self._try_servers(self._by_load(), send))
 
-    def _retried(self, deadline: Deadline, attempt: Callable[[], T]) -> T:
-        """Return the result of the first attempt that a server could take."""
+    def _with_retries(self, deadline: Deadline, attempt: Callable[[], T]) -> T:
+        """Return the result of the first attempt that a server accepts."""
         retries = Retries(self._retry_for, deadline)
         while True:
             try:
@@ -265,27 +264,27 @@ class Client:
             time.sleep(pause)
 
     def _by_load(self) -> list[int]:
-        """Return the servers, the least busy first; equally busy ones take turns."""
+        """Return the server indices, least busy first. Equally busy servers take turns."""
         with self._lock:
             count, turn = len(self._servers), next(self._turn)
-            return sorted(range(count), key=lambda index: (self._under_way[index], (index - turn) % count))
+            return sorted(range(count), key=lambda index: (self._in_flight[index], (index - turn) % count))
 
     @staticmethod
     def _try_servers(order: Sequence[int], ask: Callable[[int], T]) -> T:
-        """Return the answer of the first server that can take the question."""
+        """Return the answer of the first server that accepts the request."""
         refusals: list[ServerUnavailable | QueueFull] = []
         for index in order:
             try:
                 return ask(index)
             except (ServerUnavailable, QueueFull) as error:
                 refusals.append(error)
-        raise _most_telling(refusals)
+        raise _most_helpful(refusals)
 
 
-def _most_telling(refusals: Sequence[ServerUnavailable | QueueFull]) -> ServerUnavailable | QueueFull:
-    """Return the refusal that says most: the earliest invitation to come back, a full queue, or the last failure."""
+def _most_helpful(refusals: Sequence[ServerUnavailable | QueueFull]) -> ServerUnavailable | QueueFull:
+    """Return the most helpful refusal: the shortest `retry_after`, else a full queue, else the last failure."""
     full = [error for error in refusals if isinstance(error, QueueFull)]
-    inviting = [error for error in full if error.retry_after is not None]
-    if inviting:
-        return min(inviting, key=lambda error: error.retry_after or 0.0)
+    retryable = [error for error in full if error.retry_after is not None]
+    if retryable:
+        return min(retryable, key=lambda error: error.retry_after or 0.0)
     return full[0] if full else refusals[-1]

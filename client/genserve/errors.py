@@ -1,4 +1,4 @@
-"""The exceptions that a caller sees, and the one table that turns error answers into them."""
+"""Client exceptions, and the mapping from error answers to them."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import NamedTuple
 
 
 class GenServeError(Exception):
-    """Any failure between a call and its answer.
+    """Base class of every failure of a call.
 
     Attributes:
-        request_id: The request's id in the server's log; empty where there was no request.
-        url: The address of the server that gave the error; empty where no server was asked.
-        model: The model that was asked; empty where there was none.
+        request_id: The request's id in the server's log; empty if no request was built.
+        url: The address of the server that returned the error; empty if none was called.
+        model: The model that was called; empty if there was none.
     """
 
     request_id: str = ""
@@ -23,14 +23,14 @@ class GenServeError(Exception):
 
 
 class InvalidInput(GenServeError):
-    """A value that the server does not accept; the message names the tensor, the value and the allowed range."""
+    """Rejected value. The message names the tensor, the value and the allowed range."""
 
 
 class QueueFull(GenServeError):
-    """A server that holds as many waiting requests as it may, or a gateway that limits the rate.
+    """Full queue of a server, or rate limit of a gateway.
 
     Attributes:
-        retry_after: Seconds after which a gateway wants the request again, or None where it did not say.
+        retry_after: Seconds after which a gateway accepts a retry; None if it did not say.
     """
 
     def __init__(self, *args: object, retry_after: float | None = None) -> None:
@@ -39,43 +39,43 @@ class QueueFull(GenServeError):
 
 
 class DeadlineExceeded(GenServeError):
-    """A request that waited or ran past its timeout."""
+    """Request that waited or ran past its timeout."""
 
 
 class Cancelled(GenServeError):
-    """A request that was cancelled."""
+    """Cancelled request."""
 
 
 class OutOfMemory(GenServeError):
-    """A request that does not fit into the device's memory, not even alone."""
+    """Request that does not fit into device memory, even alone."""
 
 
 class ServerUnavailable(GenServeError):
-    """No server that could be reached, or one that went away before it answered."""
+    """Unreachable server, or one that went away before it answered."""
 
 
 class NotAllowed(GenServeError):
-    """A request that a gateway refuses because its key is missing or wrong."""
+    """Request with a missing or wrong key, as rejected by a gateway."""
 
 
 class ServerError(GenServeError):
-    """A defect in the server, or a request that was in flight at two worker crashes."""
+    """Defect in the server, or a request that was in flight at two worker crashes."""
 
 
 NAMED: dict[str, type[GenServeError]] = {
     error.__name__: error
     for error in (InvalidInput, QueueFull, DeadlineExceeded, Cancelled, OutOfMemory, ServerUnavailable, ServerError)
 }
-"""GenServe's own models begin their messages with one of these names and a colon."""
+"""Exceptions by the name with which GenServe's models begin a message, as in ``InvalidInput: ...``."""
 
 
-class Text(NamedTuple):
-    """One row of the table of message texts.
+class MessageRule(NamedTuple):
+    """Mapping from a message text to an exception.
 
     Attributes:
-        pattern: Regular expression, searched for in the message.
-        kind: The exception that it means.
-        status: The only status with which the row holds; empty for any.
+        pattern: Regular expression to search for in the message.
+        kind: The exception class.
+        status: The only status for which the rule holds; empty for any status.
     """
 
     pattern: str
@@ -83,41 +83,41 @@ class Text(NamedTuple):
     status: str = ""
 
 
-TEXTS = (
-    # Triton's core. The queue's two refusals have one code, so only their texts tell them apart.
-    Text(r"^Exceeds maximum queue size", QueueFull),
-    Text(r"^Request timeout expired", DeadlineExceeded),
-    Text(r"^Server is stopping", ServerUnavailable),
-    Text(r"^Server not ready", ServerUnavailable),
-    Text(r"^Request for unknown model", ServerUnavailable),
-    Text(r"^Model version not ready", ServerUnavailable),
-    Text(r" has no available versions$", ServerUnavailable),
-    Text(r" is not at ready state$", ServerUnavailable),
-    Text(r"^This (API|protocol) is restricted, expecting header ", NotAllowed),
-    Text(r"server is shutting down and has stopped accepting", ServerUnavailable),
-    # Triton's Python backend, about a stub that has died.
-    Text(r"^Stub process ('.*' )?is (not healthy|unhealthy)", ServerUnavailable),
-    Text(r"^Failed to obtain the health mutex", ServerUnavailable),
-    # gRPC. A caller's own cancellation and a server's end have one code.
-    Text(r"^Locally cancelled by application", Cancelled),
-    Text(r"^Channel closed", Cancelled),
-    Text(r"^$", ServerUnavailable, "StatusCode.CANCELLED"),
-    Text(r"^CANCELLED$", ServerUnavailable, "StatusCode.CANCELLED"),
-    Text(r"Cancelling all calls", ServerUnavailable),
-    Text(r"[Ss]erver [Ss]hutdown", ServerUnavailable),
-    Text(r"Socket closed", ServerUnavailable),
-    Text(r"Stream removed", ServerUnavailable),
-    Text(r"Connection (aborted|cancelled|refused|reset)", ServerUnavailable),
-    Text(r"Broken pipe", ServerUnavailable),
-    Text(r"[Tt]ransport closed", ServerUnavailable),
-    Text(r"Endpoint clos", ServerUnavailable),
-    Text(r"GOAWAY received", ServerUnavailable),
-    Text(r"keepalive watchdog timeout", ServerUnavailable),
-    # From NO_ERROR to CANCEL; the codes after those speak of this client's own behaviour.
-    Text(r"Received RST_STREAM with error code [0-8]\b", ServerUnavailable),
-    Text(r"message larger than max", InvalidInput),
+MESSAGE_RULES = (
+    # Triton's core. Both queue rejections have the same code; only their texts differ.
+    MessageRule(r"^Exceeds maximum queue size", QueueFull),
+    MessageRule(r"^Request timeout expired", DeadlineExceeded),
+    MessageRule(r"^Server is stopping", ServerUnavailable),
+    MessageRule(r"^Server not ready", ServerUnavailable),
+    MessageRule(r"^Request for unknown model", ServerUnavailable),
+    MessageRule(r"^Model version not ready", ServerUnavailable),
+    MessageRule(r" has no available versions$", ServerUnavailable),
+    MessageRule(r" is not at ready state$", ServerUnavailable),
+    MessageRule(r"^This (API|protocol) is restricted, expecting header ", NotAllowed),
+    MessageRule(r"server is shutting down and has stopped accepting", ServerUnavailable),
+    # Triton's Python backend: a stub has died.
+    MessageRule(r"^Stub process ('.*' )?is (not healthy|unhealthy)", ServerUnavailable),
+    MessageRule(r"^Failed to obtain the health mutex", ServerUnavailable),
+    # gRPC. Cancellation by the caller and shutdown of the server have the same code.
+    MessageRule(r"^Locally cancelled by application", Cancelled),
+    MessageRule(r"^Channel closed", Cancelled),
+    MessageRule(r"^$", ServerUnavailable, "StatusCode.CANCELLED"),
+    MessageRule(r"^CANCELLED$", ServerUnavailable, "StatusCode.CANCELLED"),
+    MessageRule(r"Cancelling all calls", ServerUnavailable),
+    MessageRule(r"[Ss]erver [Ss]hutdown", ServerUnavailable),
+    MessageRule(r"Socket closed", ServerUnavailable),
+    MessageRule(r"Stream removed", ServerUnavailable),
+    MessageRule(r"Connection (aborted|cancelled|refused|reset)", ServerUnavailable),
+    MessageRule(r"Broken pipe", ServerUnavailable),
+    MessageRule(r"[Tt]ransport closed", ServerUnavailable),
+    MessageRule(r"Endpoint clos", ServerUnavailable),
+    MessageRule(r"GOAWAY received", ServerUnavailable),
+    MessageRule(r"keepalive watchdog timeout", ServerUnavailable),
+    # NO_ERROR to CANCEL. Higher codes are about this client's own behaviour.
+    MessageRule(r"Received RST_STREAM with error code [0-8]\b", ServerUnavailable),
+    MessageRule(r"message larger than max", InvalidInput),
 )
-"""Fixed texts and what they mean, whatever the status; the first row that holds decides."""
+"""Fixed message texts. The first matching rule decides."""
 
 STATUSES: dict[str, type[GenServeError]] = {
     # gRPC
@@ -141,16 +141,16 @@ STATUSES: dict[str, type[GenServeError]] = {
     "503": ServerUnavailable,
     "504": DeadlineExceeded,
 }
-"""The meaning of a status alone. Every other one of HTTP below 500 is InvalidInput, the rest ServerError."""
+"""Exceptions by status. Other HTTP statuses from 300 to 499 are InvalidInput, the rest ServerError."""
 
 _NAME = re.compile(rf"({'|'.join(NAMED)}): (.*)", re.DOTALL)
 _PREFIXES = re.compile(
     r"(\[request id: .*?\] |in ensemble '[^']*', |Failed to process the request\(s\) for model (instance )?'[^']*',"
     r" message: )+"
 )
-"""Triton's additions in front of a message."""
+"""Prefixes that Triton adds to a message."""
 _HTTP_STATUS = re.compile(r"http2 header with status: (\d{3})")
-"""The way gRPC words the answer of a proxy that speaks plain HTTP."""
+"""gRPC's message for a plain HTTP answer of a proxy."""
 
 
 def from_answer(
@@ -159,10 +159,10 @@ def from_answer(
     """Return the exception for an error answer.
 
     Args:
-        status: ``StatusCode.X`` over gRPC, the number over HTTP, None if there was none.
-        message: The text of the answer.
-        request_id: The request's; Triton puts it in front of its own messages.
-        retry_after: Seconds after which the server wants the request again.
+        status: ``StatusCode.X`` over gRPC, the number over HTTP, None without a status.
+        message: The answer's message.
+        request_id: The request's id, which Triton prefixes to its own messages.
+        retry_after: Seconds after which the server accepts a retry.
     """
     message = message.removeprefix(f"[request id: {request_id}] ")
     prefixes = _PREFIXES.match(message)
@@ -177,21 +177,21 @@ def from_answer(
 
 
 def _kind(status: str, message: str) -> type[GenServeError]:
-    for row in TEXTS:
-        if row.status in {"", status} and re.search(row.pattern, message):
-            return row.kind
+    for rule in MESSAGE_RULES:
+        if rule.status in {"", status} and re.search(rule.pattern, message):
+            return rule.kind
     http = _HTTP_STATUS.search(message)
     if http:
         status = http[1]
     if status in STATUSES:
         return STATUSES[status]
-    # Below 400 are redirects, which are not followed: the address is not the server's.
+    # Redirects, 300 to 399, are not followed: the address is wrong.
     return InvalidInput if status.isdecimal() and 300 <= int(status) < 500 else ServerError
 
 
 @contextlib.contextmanager
 def located(**attributes: str) -> Iterator[None]:
-    """Set attributes of every GenServeError that passes: the request's id, the server's url, the model."""
+    """Set attributes such as `url` and `model` on every GenServeError that passes through."""
     try:
         yield
     except GenServeError as error:

@@ -1,4 +1,4 @@
-"""Triton's HTTP endpoint."""
+"""Transport over Triton's HTTP endpoint."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import urllib3
 
 from genserve.access import TLS, Address
 from genserve.protocol import Call, Outputs
-from genserve.wire import PROBE_TIMEOUT_S, answer_error, infer_options, input_tensor, read_outputs, translated
+from genserve.wire import PROBE_TIMEOUT_S, answer_error, infer_options, input_tensor, parse_outputs, translated
 
 CONNECT_TIMEOUT_S = 5.0
 MAX_IDLE_CONNECTIONS = 1024
 HEADER_LENGTH = "Inference-Header-Content-Length"
-"""The length of the JSON in a message with binary tensors (Triton's binary tensor data extension)."""
+"""Length of the JSON part of a message with binary tensors (Triton's binary tensor data extension)."""
 
 
 class HttpTransport:
-    """A transport over HTTP.
+    """Transport over HTTP.
 
-    tritonclient makes and reads the messages; urllib3 carries them, because tritonclient's own HTTP client belongs to
-    one thread and has one timeout for everything.
+    tritonclient builds and parses the messages. urllib3 sends them, because tritonclient's HTTP client is bound to one
+    thread and to one timeout for all requests.
     """
 
     def __init__(self, url: str, address: Address, tls: TLS, headers: dict[str, str]) -> None:
@@ -50,15 +50,15 @@ class HttpTransport:
             result = triton_http.InferenceServerClient.parse_response_body(
                 answer.data, header_length=int(length) if length else None
             )
-            return read_outputs(result, call)
+            return parse_outputs(result, call)
 
     def live(self) -> bool:
         """See Transport."""
-        return self._is("/v2/health/live")
+        return self._is_ok("/v2/health/live")
 
     def ready(self) -> bool:
         """See Transport."""
-        return self._is("/v2/health/ready")
+        return self._is_ok("/v2/health/ready")
 
     def metadata(self) -> dict[str, Any]:
         """See Transport."""
@@ -79,8 +79,8 @@ class HttpTransport:
         """See Transport."""
         self._pool.close()
 
-    def _is(self, path: str) -> bool:
-        """Return the answer to a health question, which is the status; a gateway's refusal is none."""
+    def _is_ok(self, path: str) -> bool:
+        """Return whether a health endpoint answers 200. Raise NotAllowed if a gateway rejects the request."""
         with translated(self.url):
             answer = self._send("GET", path, PROBE_TIMEOUT_S)
             if answer.status in {HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN}:
@@ -90,7 +90,7 @@ class HttpTransport:
     def _request(
         self, method: str, path: str, timeout_s: float = PROBE_TIMEOUT_S, *, request_id: str = "", **options: Any
     ) -> Any:
-        """Return the answer, if it is a good one; raise the GenServeError that it means otherwise."""
+        """Return the answer if its status is 200, else raise its GenServeError."""
         answer = self._send(method, path, timeout_s, **options)
         if answer.status != HTTPStatus.OK:
             raise self._error(answer, request_id)

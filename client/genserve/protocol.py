@@ -1,4 +1,4 @@
-"""The contract's tensors: arguments to inputs, outputs to results. Shared by every kind of client."""
+"""Tensors of the public contract: arguments to inputs, outputs to results."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from genserve.errors import InvalidInput, ServerError
 from genserve.types import GeneratedImage, Priority, RankedDocument, Ranking, TaskState, TaskStatus
 
 PRIORITIES: dict[Priority, int] = {"high": 1, "normal": 2, "low": 3}
-"""Triton's levels; 1 is served first."""
+"""Triton's priority levels; 1 is served first."""
 MAX_TASK_ID_CHARACTERS = 256
 
 DTYPES = {
@@ -43,13 +43,14 @@ NUMPY = {"BYTES": np.object_, "FP32": np.float32, "INT32": np.int32, "INT64": np
 
 @dataclass(frozen=True)
 class Call:
-    """One inference request, whatever it travels over.
+    """Inference request, independent of the protocol.
 
     Attributes:
-        inputs: Tensor name to array.
-        outputs: Names of the tensors wanted.
-        priority: Triton's level, 1 to 3.
-        request_id: Identifies it in the server's log.
+        model: Name of the model.
+        inputs: Arrays by tensor name.
+        outputs: Names of the requested output tensors.
+        priority: Triton's priority level, 1 to 3.
+        request_id: The request's id in the server's log.
     """
 
     model: str
@@ -60,7 +61,7 @@ class Call:
 
 
 Outputs = dict[str, npt.NDArray[Any]]
-"""Tensor name to array."""
+"""Arrays by tensor name."""
 
 Json = TypeVar("Json", dict[str, Any], list[dict[str, Any]])
 
@@ -73,7 +74,7 @@ def generate_call(
     lora: Sequence[dict[str, Any]],
     **settings: Any,
 ) -> Call:
-    """Return a `flux` request for one image; settings that are None keep the server's defaults."""
+    """Return a `flux` request for one image. Settings that are None are not sent."""
     values: dict[str, Any] = {"PROMPT": prompt, "TASK_ID": task_id}
     values |= {name.upper(): value for name, value in settings.items() if value is not None}
     if lora:
@@ -105,7 +106,7 @@ def rerank_call(
     priority: Priority,
     task_id: str,
 ) -> Call:
-    """Return a `rerank` request for one query. Its task id is the request id: the model has no tensor for it."""
+    """Return a `rerank` request for one query. The task id travels as the request id; the model has no TASK_ID."""
     inputs = {"QUERY": _array("QUERY", [query], (1, 1)), "DOCUMENTS": _array("DOCUMENTS", documents, (1, -1))}
     if instruction is not None:
         inputs["INSTRUCTION"] = _array("INSTRUCTION", [instruction], (1, 1))
@@ -121,7 +122,7 @@ def rerank_call(
 
 
 def ranking(outputs: Outputs, documents: Sequence[str], top_n: int | None) -> Ranking:
-    """Return the documents by falling score, equal ones in the order they came in; at most `top_n`."""
+    """Return at most `top_n` documents by descending score. Ties keep the request's order."""
     scores = tuple(float(score) for score in outputs["SCORES"].reshape(-1))
     if len(scores) != len(documents):
         raise ServerError(f"SCORES has {len(scores)} values for {len(documents)} documents")
@@ -137,20 +138,20 @@ def tasks_call(action: str, task_id: str = "") -> Call:
 
 
 def task_status(outputs: Outputs) -> TaskStatus:
-    """Return the task in the answer to the actions ``status`` and ``cancel``."""
+    """Return the task in the answer to ``status`` or ``cancel``."""
     return _task(_json("TASK", outputs["TASK"].item()), bytes(outputs["PREVIEW"].item()))
 
 
 def task_list(outputs: Outputs) -> list[TaskStatus]:
-    """Return the tasks in the answer to the action ``list``, without previews."""
+    """Return the tasks in the answer to ``list``, without previews."""
     return [_task(task) for task in _decoded("TASK", outputs["TASK"].item(), list)]
 
 
 def _task(task: dict[str, Any], preview: bytes = b"") -> TaskStatus:
     if task.get("state") not in get_args(TaskState):
         raise ServerError(f"TASK has the state {task.get('state')!r}")
-    known = {field.name for field in fields(TaskStatus)} - {"preview"}
-    return TaskStatus(**{name: value for name, value in task.items() if name in known}, preview=preview)
+    names = {field.name for field in fields(TaskStatus)} - {"preview"}
+    return TaskStatus(**{name: value for name, value in task.items() if name in names}, preview=preview)
 
 
 def _array(name: str, values: Sequence[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
@@ -174,7 +175,7 @@ def _real(value: Any) -> float:
     return float(value)
 
 
-# operator.index and not int(), which takes 4.7 for 4 and "4" for a number.
+# operator.index rather than int(), which accepts 4.7 and "4".
 _PLAIN: dict[str, Callable[[Any], Any]] = {
     "BYTES": _text,
     "FP32": _real,
@@ -197,7 +198,7 @@ def _priority(name: Priority) -> int:
 
 
 def _task_id(task_id: str) -> str:
-    _array("TASK_ID", [task_id], (1,))  # refuses what is no text
+    _array("TASK_ID", [task_id], (1,))  # raises InvalidInput unless it is text
     if len(task_id) > MAX_TASK_ID_CHARACTERS:
         raise InvalidInput(f"TASK_ID is {len(task_id):,} characters long; allowed: at most {MAX_TASK_ID_CHARACTERS}")
     return task_id

@@ -1,4 +1,4 @@
-"""Deadlines and retries: how long a call may take, and the pauses between its attempts."""
+"""Deadlines, retries and backoff."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from genserve.errors import DeadlineExceeded, GenServeError, InvalidInput, Queue
 FIRST_PAUSE_S = 0.25
 LONGEST_PAUSE_S = 2.0
 MAX_TIMEOUT_S = 1e8
-"""Three years; what is longer does not fit into every socket's timeout."""
+"""Three years: the longest timeout that every socket accepts."""
 
 
 class Deadline:
-    """The moment by which a call has to be answered.
+    """Deadline of a call.
 
     Args:
         timeout: Seconds from now.
@@ -29,10 +29,10 @@ class Deadline:
         self.at = time.monotonic() + min(checked_timeout(timeout), MAX_TIMEOUT_S)
 
     def left(self) -> float:
-        """Return the seconds that are left.
+        """Return the remaining seconds.
 
         Raises:
-            DeadlineExceeded: None are.
+            DeadlineExceeded: The deadline has passed.
         """
         left = self.at - time.monotonic()
         if left <= 0:
@@ -41,11 +41,11 @@ class Deadline:
 
 
 class Retries:
-    """The pauses of one call: exponential backoff with full jitter, until the time for retries is over.
+    """Pauses between the attempts of one call: exponential backoff with full jitter.
 
     Args:
-        retry_for: Seconds from now during which a request may be sent again.
-        deadline: The call's; nothing is sent after it.
+        retry_for: Seconds from now in which retries may start.
+        deadline: The call's deadline; no attempt starts after it.
     """
 
     def __init__(self, retry_for: float, deadline: Deadline) -> None:
@@ -53,9 +53,9 @@ class Retries:
         self._longest = FIRST_PAUSE_S
 
     def pause_after(self, error: GenServeError) -> float | None:
-        """Return the seconds to wait before the next attempt, or None when there is to be none.
+        """Return the seconds to wait before the next attempt, or None to give up.
 
-        A full queue is asked again only if a gateway said when.
+        A full queue is retried only if a gateway gave `retry_after`.
         """
         if isinstance(error, QueueFull) and error.retry_after is not None:
             earliest = error.retry_after
@@ -63,16 +63,16 @@ class Retries:
             earliest = 0.0
         else:
             return None
-        pause = earliest + random.uniform(0, self._longest)  # noqa: S311  # spreads requests, protects nothing
+        pause = earliest + random.uniform(0, self._longest)  # noqa: S311  # not security-relevant
         self._longest = min(2 * self._longest, LONGEST_PAUSE_S)
         return pause if time.monotonic() + pause < self._give_up else None
 
 
 def checked_timeout(timeout: float) -> float:
-    """Return the timeout.
+    """Return the timeout if it is valid.
 
     Raises:
-        InvalidInput: It is not above 0, or not finite.
+        InvalidInput: The timeout is not above 0, or not finite.
     """
     if not 0 < timeout < float("inf"):
         raise InvalidInput(f"timeout is {timeout}; allowed: seconds, above 0")
@@ -80,10 +80,10 @@ def checked_timeout(timeout: float) -> float:
 
 
 def parse_retry_after(value: str | None) -> float | None:
-    """Return the seconds that a Retry-After header asks for, None where it is missing or not understood.
+    """Return the seconds of a Retry-After header, or None if it is missing or malformed.
 
     Args:
-        value: Seconds, or a date as HTTP writes it.
+        value: Seconds, or an HTTP date.
     """
     value = (value or "").strip()
     if value.isascii() and value.isdecimal():

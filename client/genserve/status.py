@@ -1,4 +1,4 @@
-"""The state of a server and its models."""
+"""State of a server and its models."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from genserve.transport import Transport
 from genserve.types import ModelStatus, ServerStatus
 
 
-def answers(ask: Callable[[], bool]) -> bool:
-    """Return the answer to a question about a server; False where it does not answer."""
+def probe(ask: Callable[[], bool]) -> bool:
+    """Return a health probe's result, False if the server does not answer."""
     try:
         return ask()
     except GenServeError:
@@ -20,7 +20,7 @@ def answers(ask: Callable[[], bool]) -> bool:
 
 
 def server_status(server: Transport) -> ServerStatus:
-    """Return a server's state; one that cannot be reached is not live."""
+    """Return a server's state. An unreachable server has ``live=False``."""
     try:
         version = str(server.metadata().get("version", ""))
         models = model_statuses(server)
@@ -30,7 +30,7 @@ def server_status(server: Transport) -> ServerStatus:
     return ServerStatus(
         server.url,
         live=True,
-        ready=answers(server.ready),
+        ready=probe(server.ready),
         version=version,
         models=tuple(models),
         tasks=tuple(in_flight(server)),
@@ -38,10 +38,10 @@ def server_status(server: Transport) -> ServerStatus:
 
 
 def model_statuses(server: Transport) -> list[ModelStatus]:
-    """Return the models of a server.
+    """Return a server's models.
 
     Raises:
-        GenServeError: It does not answer.
+        GenServeError: The server does not answer.
     """
     statistics = {entry["name"]: entry.get("inference_stats", {}) for entry in server.statistics()}
     return [_model(entry, statistics.get(entry["name"], {})) for entry in server.models()]

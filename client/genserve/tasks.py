@@ -1,4 +1,4 @@
-"""Tasks by their ids, on one server or several."""
+"""Task status and cancellation on one or several servers."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from genserve.transport import Transport
 from genserve.types import TaskStatus
 
 TASKS_TIMEOUT_S = 10.0
-"""For `tasks`, which answers at once where it answers at all."""
+"""Timeout of the `tasks` model, which answers at once on a healthy server."""
 
 
 def in_flight(server: Transport) -> list[TaskStatus]:
-    """Return what a server has in flight; nothing where it has no `tasks`, or is still loading it."""
+    """Return a server's tasks in flight, none if its `tasks` model is missing or not ready."""
     try:
         return task_list(server.infer(tasks_call("list"), TASKS_TIMEOUT_S))
     except GenServeError:
@@ -23,7 +23,7 @@ def in_flight(server: Transport) -> list[TaskStatus]:
 
 
 def find(servers: Sequence[Transport], task_id: str, deadline: Deadline) -> TaskStatus:
-    """Return the task from the server that has it in flight, else from the one that knew it last.
+    """Return the task from the server that has it in flight, else from the server where it changed last.
 
     Raises:
         GenServeError: No server answers.
@@ -32,10 +32,10 @@ def find(servers: Sequence[Transport], task_id: str, deadline: Deadline) -> Task
 
 
 def cancel(servers: Sequence[Transport], task_id: str, deadline: Deadline) -> TaskStatus:
-    """Cancel the task where it is in flight, and return its state there.
+    """Cancel the task where it is in flight and return its state there.
 
-    A task that is in flight nowhere may wait in Triton's queue, which does not tell: every server hears of it, and
-    remembers the id until the task arrives.
+    A task that is in flight nowhere may wait in a Triton queue, which no server can see. Every server then gets the
+    cancellation and keeps it until the task arrives.
 
     Raises:
         GenServeError: No server answers.
@@ -48,7 +48,7 @@ def cancel(servers: Sequence[Transport], task_id: str, deadline: Deadline) -> Ta
 def _ask(
     servers: Sequence[Transport], action: str, task_id: str, deadline: Deadline
 ) -> list[tuple[Transport, TaskStatus]]:
-    """Return every answer with the server that gave it; one that cannot be reached is passed over."""
+    """Return every answer with its server. Unreachable servers are skipped."""
     if not task_id:
         raise InvalidInput("TASK_ID is empty; allowed: the id of a task")
     call = tasks_call(action, task_id)

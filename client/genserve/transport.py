@@ -1,4 +1,4 @@
-"""One server over gRPC or HTTP, behind the same few methods."""
+"""Transport interface to one server, over gRPC or HTTP."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from genserve.protocol import Call, Outputs
 
 
 class Transport(Protocol):
-    """A connection to one server. Thread-safe.
+    """Connection to one server. Thread-safe.
 
-    A class of one's own with these methods stands in for a server: ``Client(transport=...)``. Its answers are arrays by
-    output name, in the shapes of the models' ``config.pbtxt``; its failures are GenServeErrors.
+    Tests can replace a server with an object that has these methods: ``Client(transport=...)``. It answers with arrays
+    by output name, in the shapes of the models' ``config.pbtxt``, and raises GenServeErrors.
     """
 
     url: str
 
     def infer(self, call: Call, timeout_s: float) -> Outputs:
-        """Send a request and wait for its answer, at most `timeout_s`; raises a GenServeError."""
+        """Send a request and return its outputs within `timeout_s` seconds, or raise a GenServeError."""
 
     def live(self) -> bool:
-        """Return whether the server answers at all."""
+        """Return whether the server answers."""
 
     def ready(self) -> bool:
         """Return whether every model is ready."""
@@ -34,7 +34,7 @@ class Transport(Protocol):
         """Return the repository index: name, version, state, reason."""
 
     def statistics(self) -> list[dict[str, Any]]:
-        """Return Triton's counters for each model."""
+        """Return Triton's statistics per model."""
 
     def close(self) -> None:
         """Close the connection."""
@@ -47,12 +47,12 @@ def connect(url: str, *, tls: TLS | None = None, headers: Mapping[str, str] | No
         url: ``host:port``, ``grpc://host:port`` or ``grpcs://host[:port]`` for gRPC; ``http://host[:port][/prefix]`` or
             ``https://host[:port][/prefix]`` for HTTP.
         tls: Certificates for ``grpcs://`` and ``https://``.
-        headers: Sent with every request; over gRPC as metadata.
+        headers: Headers of every request; over gRPC they are metadata.
 
     Raises:
-        InvalidInput: The address is of another form, a file of `tls` cannot be used, or a header cannot be sent.
+        InvalidInput: The address, a file of `tls` or a header is not usable.
     """
-    # Each of the two takes a while to import, and most programs need one.
+    # Both are slow to import, and most programs need only one.
     address, checked = Address.parse(url), checked_headers(headers)
     if address.is_grpc:
         from genserve.grpc_transport import GrpcTransport

@@ -12,21 +12,21 @@ from typing import Any, Literal, overload
 from PIL import Image
 
 Priority = Literal["high", "normal", "low"]
-"""How urgent a request is."""
+"""Priority of a request."""
 ImageFormat = Literal["png", "jpeg", "webp"]
-"""How an image is encoded."""
+"""Encoding of an image."""
 TaskState = Literal["waiting", "running", "done", "failed", "cancelled", "unknown"]
-"""How far a task has come; one in Triton's queue is unknown to the models, and so is one that ended long ago."""
+"""State of a task. ``unknown`` covers tasks in Triton's queue and tasks that ended long ago."""
 
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """An image, and how it came about.
+    """Generated image with its seed and settings.
 
     Attributes:
         data: The encoded file, with the settings in its metadata.
-        seed: The seed that was used; sending it again gives the same image.
-        info: What the server tells: timings in seconds, the instance, and every setting.
+        seed: The seed used. The same seed gives the same image.
+        info: The server's INFO: timings in seconds, the instance and every setting.
     """
 
     data: bytes = field(repr=False)
@@ -39,18 +39,18 @@ class GeneratedImage:
         return _decoded(self.data)
 
     def save(self, path: str | Path) -> None:
-        """Write the encoded file as it came."""
+        """Write the encoded file."""
         Path(path).write_bytes(self.data)
 
 
 @dataclass(frozen=True)
 class RankedDocument:
-    """A document with its relevance.
+    """Document with its relevance.
 
     Attributes:
-        index: Its place among the documents as they were given.
+        index: The document's index in the request.
         score: Relevance, 0 to 1.
-        document: Its text.
+        document: The text.
     """
 
     index: int
@@ -60,12 +60,12 @@ class RankedDocument:
 
 @dataclass(frozen=True, eq=False)
 class Ranking(Sequence[RankedDocument]):
-    """Documents by falling relevance. Iterates, indexes and compares like a list of them.
+    """Documents by descending relevance. Behaves like a list of RankedDocument.
 
     Attributes:
-        documents: The best ones, at most ``top_n``.
-        scores: The relevance of every document, in the order in which they were given.
-        info: What the server tells: timings in seconds, the instance, tokens, and what was cut.
+        documents: The best documents, at most ``top_n``.
+        scores: The relevance of every document, in request order.
+        info: The server's INFO: timings in seconds, the instance, tokens and truncated documents.
     """
 
     documents: tuple[RankedDocument, ...]
@@ -74,7 +74,7 @@ class Ranking(Sequence[RankedDocument]):
 
     @property
     def truncated(self) -> tuple[int, ...]:
-        """Indices of the documents that were cut at the model's length limit."""
+        """Indices of the documents truncated at the model's length limit."""
         return tuple(self.info.get("truncated", ()))
 
     @overload
@@ -98,19 +98,19 @@ class Ranking(Sequence[RankedDocument]):
 
 @dataclass(frozen=True)
 class TaskStatus:
-    """A request that a server knows by its id.
+    """State and progress of a task.
 
     Attributes:
-        task_id: The id.
-        state: How far it has come.
-        step: Steps that are done.
-        steps: Steps in all; 0 before it runs.
-        model: The model that it is for; empty where the state is unknown, as are the next fields.
-        instance: The instance that has it.
-        error: The reason for which it failed or was cancelled.
-        arrived: Seconds since the epoch at which an instance took it.
-        changed: Seconds since the epoch at which it last made progress.
-        preview: A small JPEG of the image so far; empty where there is none.
+        task_id: The task's id.
+        state: One of `TaskState`.
+        step: Finished steps.
+        steps: Total steps; 0 before the task runs.
+        model: The task's model. None in state ``unknown``, like the following fields.
+        instance: The instance that holds the task.
+        error: The reason of a failure or cancellation, else None.
+        arrived: Arrival at the instance, in seconds since the epoch.
+        changed: Last progress, in seconds since the epoch.
+        preview: A small JPEG of the unfinished image; empty if there is none.
     """
 
     task_id: str
@@ -126,34 +126,37 @@ class TaskStatus:
 
     @property
     def progress(self) -> float:
-        """The part of the work that is done, 0 to 1."""
+        """Finished fraction, 0 to 1."""
         if self.state == "done":
             return 1.0
         return min(1.0, self.step / self.steps) if self.steps else 0.0
 
     @property
     def is_in_flight(self) -> bool:
-        """True while an instance has it and it has not ended."""
+        """True while an instance holds the task and it has not ended."""
         return self.state in {"waiting", "running"}
 
     @cached_property
     def preview_image(self) -> Image.Image | None:
-        """The decoded preview, None where there is none."""
+        """The decoded preview, None without one."""
         return _decoded(self.preview) if self.preview else None
 
     def as_dict(self) -> dict[str, Any]:
-        """Return everything but the preview, for JSON."""
+        """Return every field except the preview, for JSON."""
         return {name: value for name, value in asdict(self).items() if name != "preview"}
 
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """A model on one server.
+    """Model on one server.
 
     Attributes:
-        state: Triton's word for it; READY is what one wants.
+        name: The model's name.
+        version: Triton's version of the model, usually ``1``.
+        state: Triton's state, as ``READY`` or ``UNAVAILABLE``.
+        reason: Triton's reason for a state other than ``READY``.
         succeeded: Requests answered since the server started.
-        failed: Requests answered with an error since then.
+        failed: Requests failed since the server started.
         queue_s: Mean seconds in Triton's queue.
     """
 
@@ -168,10 +171,16 @@ class ModelStatus:
 
 @dataclass(frozen=True)
 class ServerStatus:
-    """One server: whether it is reachable and ready, its models, and the tasks in flight.
+    """State of one server.
 
     Attributes:
-        error: The reason for which it is not live; empty where it is.
+        url: The server's address.
+        live: The server answers.
+        ready: Every model is ready.
+        version: Triton's version.
+        models: The server's models.
+        tasks: The tasks in flight.
+        error: The reason why the server is not live, else empty.
     """
 
     url: str

@@ -1,4 +1,4 @@
-"""Parts of both protocols: tensors, parameters, and the translation of failures."""
+"""Shared parts of both transports: tensors, parameters and error translation."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from genserve.protocol import DTYPES, Call, Outputs
 from genserve.retry import parse_retry_after
 
 PROBE_TIMEOUT_S = 5.0
-"""For questions that a healthy server answers at once."""
+"""Timeout of requests that a healthy server answers at once."""
 
 
 def input_tensor(kind: Any, name: str, array: Any) -> Any:
-    """Return tritonclient's form of an input; `kind` is the protocol's InferInput."""
+    """Return an input as tritonclient's InferInput; `kind` is the protocol's class."""
     tensor = kind(name, list(array.shape), DTYPES[name])
     tensor.set_data_from_numpy(array)
     return tensor
 
 
 def infer_options(call: Call, timeout_s: float) -> dict[str, Any]:
-    """Return the options of tritonclient that are the same over both protocols.
+    """Return the tritonclient options that both protocols share.
 
-    The time that is left limits the wait in the server's queue and the run. Triton orders its queue by the priority
-    but does not tell the model: the engine hears of it by a parameter.
+    The remaining time limits both the wait in the server's queue and the run. Triton orders its queue by `priority`
+    but does not pass it to the model, so the engine gets it as the parameter ``priority_level``.
     """
     return {
         "request_id": call.request_id,
@@ -45,11 +45,11 @@ def infer_options(call: Call, timeout_s: float) -> dict[str, Any]:
     }
 
 
-def read_outputs(result: Any, call: Call) -> Outputs:
-    """Return the tensors that the call wants.
+def parse_outputs(result: Any, call: Call) -> Outputs:
+    """Return the output tensors that the call requested.
 
     Raises:
-        KeyError: The answer lacks one.
+        KeyError: The answer lacks a tensor.
     """
     outputs = {name: result.as_numpy(name) for name in call.outputs}
     missing = [name for name, array in outputs.items() if array is None]
@@ -61,14 +61,14 @@ def read_outputs(result: Any, call: Call) -> Outputs:
 def answer_error(
     url: str, status: str | None, message: str, *, request_id: str = "", retry_after: str | None = None
 ) -> GenServeError:
-    """Return the exception for an error answer; one that is about the server, not the request, names the server."""
+    """Return the exception for an error answer. Errors about the server rather than the request name the server."""
     error = from_answer(status, message, request_id=request_id, retry_after=parse_retry_after(retry_after))
     return type(error)(f"{url}: {error}") if isinstance(error, (ServerUnavailable, NotAllowed)) else error
 
 
 @contextlib.contextmanager
 def translated(url: str, request_id: str = "") -> Iterator[None]:
-    """Turn whatever tritonclient and the network raise into a GenServeError."""
+    """Translate exceptions of tritonclient and the network into GenServeErrors."""
     try:
         yield
     except InferenceServerException as error:
@@ -84,7 +84,7 @@ def translated(url: str, request_id: str = "") -> Iterator[None]:
 
 
 def _retry_after(error: InferenceServerException) -> str | None:
-    """Return the header of a gRPC answer, which tritonclient keeps in the exception that it replaces."""
+    """Return the retry-after metadata of a gRPC answer, from the exception that tritonclient replaced."""
     replaced = error.__context__
     for read in (getattr(replaced, "initial_metadata", None), getattr(replaced, "trailing_metadata", None)):
         for name, value in (read() if read else None) or ():
@@ -94,7 +94,7 @@ def _retry_after(error: InferenceServerException) -> str | None:
 
 
 def _reason(error: Exception) -> str:
-    """Return the operating system's words for a failed connection, where it was that."""
+    """Return the operating system's message for a failed connection, else the error's own."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:

@@ -1,1 +1,1 @@
-"""A small world of coloured shapes: scenes, their captions, their pictures, and a reader of pictures."""
+"""A small world of coloured shapes: scenes, captions, pictures, and the recognition of pictures."""

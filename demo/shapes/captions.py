@@ -1,4 +1,4 @@
-"""Captions of scenes, in the ways in which people put them."""
+"""Captions of scenes, in varied wording."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import string
 from shapes.scenes import COLOURS, PLACES, SHAPES, Scene, Style, Thing
 
 NEON = "in neon style"
-"""What a caption of a neon picture ends with."""
+"""End of a neon picture's caption."""
 
 _SHAPE_WORDS = {name: (name,) * 6 for name in SHAPES} | {
     "circle": ("circle",) * 6 + ("disc", "round dot"),
@@ -65,28 +65,28 @@ _RELATED = {
         "{second} at the bottom and {first} at the top",
     ),
 }
-_UNTOLD = 0.5
-"""How often the background goes without saying where that is possible."""
+_OMITTED = 0.5
+"""Share of captions without the background, where it may be left out."""
 
 
 def describe(scene: Scene, rng: random.Random, *, style: Style = "plain") -> str:
-    """A caption for the scene; `rng` picks the words.
+    """Return a caption of the scene; `rng` picks the words.
 
-    A background that is not told is white, a size medium, a place the middle.
+    Without mention, the background is white (black in neon style), the size medium and the place the middle.
     """
     if scene.relation is None:
         body = rng.choice(_PLACED[scene.place]).format(thing=_name(scene.things[0], rng))
     else:
         first, second = (_name(thing, rng) for thing in scene.things)
         body = rng.choice(_RELATED[scene.relation]).format(first=first, second=second)
-    untold = scene.background == ("black" if style == "neon" else "white") and rng.random() < _UNTOLD
-    text = body if untold else _articles(rng.choice(_GROUNDS).format(thing=body, ground=scene.background))
+    omitted = scene.background == ("black" if style == "neon" else "white") and rng.random() < _OMITTED
+    text = body if omitted else _articles(rng.choice(_GROUNDS).format(thing=body, ground=scene.background))
     text = rng.choice(_OPENINGS) + text if text.startswith(("a ", "an ")) else text
     return f"{text}, {NEON}" if style == "neon" else text
 
 
 def vocabulary() -> list[str]:
-    """Every word that a caption can hold, in alphabetical order."""
+    """Return all words of captions, sorted."""
     templates = [*_OPENINGS, *_GROUNDS, *sum(_PLACED.values(), ()), *sum(_RELATED.values(), ()), NEON, "an"]
     names = [*COLOURS, *sum(_SHAPE_WORDS.values(), ()), *sum(_SIZE_WORDS.values(), ())]
     plain = " ".join(
@@ -101,5 +101,5 @@ def _name(thing: Thing, rng: random.Random) -> str:
 
 
 def _articles(text: str) -> str:
-    """The text with "an" for "a" where one says it."""
+    """Replace "a" by "an" before a vowel."""
     return re.sub(r"\ba(?= [aeiou])", "an", text)

@@ -1,4 +1,4 @@
-"""Pictures of scenes, antialiased."""
+"""Antialiased pictures of scenes."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from shapes.scenes import COLOURS, Scene, Style, Thing
 
-_FINER = 4
-"""Pictures are drawn this much larger and reduced."""
+_OVERSAMPLING = 4
+"""Factor by which pictures are drawn larger, for antialiasing."""
 _COLOUR_JITTER = 6
-"""Levels by which a colour may be off, in each channel."""
+"""Maximum deviation of a colour, in levels per channel."""
 
 Point = tuple[float, float]
 
 
 def outline(shape: str) -> list[Point]:
-    """The corners of a shape of radius one around the origin, y downwards."""
+    """Return the corners of a shape with radius 1 around the origin, y downwards."""
     return _OUTLINES[shape]()
 
 
 def draw_picture(scene: Scene, *, width: int, height: int, rng: random.Random, style: Style = "plain") -> Image.Image:
-    """The scene in RGB. `rng` varies the colours a little."""
-    size = width * _FINER, height * _FINER
+    """Draw the scene in RGB; `rng` varies the colours a little."""
+    size = width * _OVERSAMPLING, height * _OVERSAMPLING
     picture = Image.new("RGB", size, _shade(scene.background, rng))
     for thing in scene.things:
         colour = _shade(thing.colour, rng)
@@ -34,11 +34,11 @@ def draw_picture(scene: Scene, *, width: int, height: int, rng: random.Random, s
             ImageDraw.Draw(picture).polygon(corners, fill=colour)
         else:
             picture = _glow(picture, corners, colour, width=thing.radius * min(size) / 7)
-    return picture.reduce(_FINER)
+    return picture.reduce(_OVERSAMPLING)
 
 
 def _glow(picture: Image.Image, corners: list[Point], colour: tuple[int, int, int], *, width: float) -> Image.Image:
-    """A tube of light along the outline, with its shine."""
+    """Draw a glowing tube along the outline."""
     tube = Image.new("RGB", picture.size)
     ImageDraw.Draw(tube).line([*corners, *corners[:2]], fill=colour, width=round(width), joint="curve")
     shine = tube.filter(ImageFilter.BoxBlur(width))
@@ -59,7 +59,7 @@ def _place(thing: Thing, size: tuple[int, int]) -> list[Point]:
 
 
 def _turn(angle: float, radius: float = 1.0) -> Point:
-    """A point at an angle in degrees, clockwise from the top."""
+    """Return a point at an angle in degrees, clockwise from the top."""
     return radius * math.sin(math.radians(angle)), -radius * math.cos(math.radians(angle))
 
 
@@ -80,7 +80,7 @@ def _star() -> list[Point]:
 
 
 def _heart() -> list[Point]:
-    """The curve x = 16 sin^3 t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t, in the unit square."""
+    """Return the curve x = 16 sin^3 t, y = 13 cos t - 5 cos 2t - 2 cos 3t - cos 4t, in the unit square."""
     points = []
     for angle in range(0, 360, 5):
         t = math.radians(angle)

@@ -1,4 +1,4 @@
-"""What can be in a picture: one or two coloured shapes on a plain background."""
+"""Scenes: one or two coloured shapes on a plain background."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (246, 246, 246),
     "black": (22, 22, 24),
 }
-"""Each colour's name with its red, green and blue (0 to 255)."""
+"""Red, green and blue (0 to 255) by colour."""
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross")
 SIZES = ("small", "medium", "large")
 PLACES: dict[str, tuple[float, float]] = {
@@ -33,11 +33,11 @@ PLACES: dict[str, tuple[float, float]] = {
     "bottom": (0.5, 0.75),
     "bottom right": (0.75, 0.75),
 }
-"""Where the middle of a single thing is, from the left and from the top, as a share of the picture."""
+"""Center of a single thing from the left and from the top, as shares of the picture."""
 
 Style = Literal["plain", "neon"]
 Relation = Literal["beside", "above"]
-"""How the first of two things lies to the second: to the left of it, or above it."""
+"""Position of the first of two things: to the left of the second, or above it."""
 
 _ALONE = {"small": 0.14, "medium": 0.21, "large": 0.3}
 _PAIRED = {"small": 0.11, "medium": 0.155, "large": 0.205}
@@ -47,15 +47,15 @@ _HELD_OUT_ONE_IN = 10
 
 @dataclass(frozen=True)
 class Thing:
-    """A shape with its place."""
+    """A coloured shape at its place."""
 
     shape: str
     colour: str
     size: str
     x: float
-    """The middle's distance from the left, as a share of the width."""
+    """Center from the left, as a share of the width."""
     y: float
-    """The middle's distance from the top, as a share of the height."""
+    """Center from the top, as a share of the height."""
     radius: float
     """Half the extent, as a share of the picture's shorter side."""
 
@@ -67,16 +67,16 @@ class Scene:
     background: str
     things: tuple[Thing, ...]
     place: str = "center"
-    """Of a single thing: a name of `PLACES`."""
+    """Place of a single thing, a name of `PLACES`."""
     relation: Relation | None = None
-    """Of two things."""
+    """Relation of two things."""
 
     @property
     def held_out(self) -> bool:
-        """Whether a thing's shape and colour on this background never occur in training.
+        """Return True if training never has a thing's shape and colour on this background.
 
-        One in ten of these combinations is kept for the evaluation, always the same ones; each shape and each colour
-        occurs in the others.
+        One in ten of these combinations is held out for the evaluation, always the same ones; the others contain every
+        shape and every colour.
         """
         return any(
             zlib.crc32(f"{thing.shape} {thing.colour} {self.background}".encode()) % _HELD_OUT_ONE_IN == 0
@@ -85,13 +85,13 @@ class Scene:
 
 
 def draw_scene(rng: random.Random, *, held_out: bool, two: bool | None = None, style: Style = "plain") -> Scene:
-    """A random scene.
+    """Draw a random scene.
 
     Args:
-        rng: Decides everything that the other arguments leave open.
-        held_out: Whether the scene is one that training does not see.
-        two: Whether it has two things; by default three scenes in five have.
-        style: A neon scene is black, and its things are not.
+        rng: Source of randomness.
+        held_out: True for a scene held out of training, False for one in training.
+        two: True for two things, False for one; by default three scenes in five have two.
+        style: A neon scene has a black background and things of other colours.
     """
     while True:
         scene = _any_scene(rng, two=rng.random() < 0.6 if two is None else two, style=style)

@@ -1,4 +1,4 @@
-"""The autoencoder: pictures to latents of 16 channels at an eighth of their size, and back."""
+"""The autoencoder: pictures to latents with 16 channels at an eighth of their size, and back."""
 
 from __future__ import annotations
 
@@ -14,44 +14,44 @@ from torch.nn import functional
 
 from shapes.drawing import draw_picture
 from shapes.scenes import Style, draw_scene
-from training.stage import Sitting, Stage
+from training.stage import Session, Stage
 
 NATIVE_SIZE = 128
 _NEON = 0.12
-"""The share of neon pictures: the LoRA's style has to pass through the autoencoder too."""
+"""Share of neon pictures: the LoRA's style passes through the autoencoder too."""
 _POOL_SIZES = (64, 64, 128, 128, 128, 192)
 
 
 @dataclass(frozen=True)
 class AutoencoderPlan:
-    """How long and on what the autoencoder trains.
+    """Steps and data of the autoencoder's training.
 
-    Small crops teach the colours at a quarter of the price, larger ones the edges; whole pictures come last, because
-    the group norms have to see what they will see later.
+    Small crops teach the colours at a quarter of the cost, larger ones the edges. Whole pictures come last, because
+    the group norms have to be trained with them.
     """
 
     steps: int = 6000
     crops: tuple[tuple[float, int, int], ...] = ((0.0, 32, 32), (0.5, 64, 16), (0.8, NATIVE_SIZE, 4))
-    """From which share of the steps on: the crop's side in pixels, and the batch."""
+    """Share of the steps from which it applies, side of the crop in pixels, and batch size."""
     pool: int = 5000
-    """Pictures to take the crops from."""
+    """Number of pictures to crop."""
     rate: float = 5e-4
     edges: float = 1.0
-    """The weight of the difference between neighbouring pixels' differences, which keeps edges sharp."""
+    """Weight of the loss on differences of neighbouring pixels, which keeps edges sharp."""
     prior: float = 5e-4
-    """The weight of the latents' divergence from a normal distribution."""
+    """Weight of the latents' divergence from a normal distribution."""
 
     def crop(self, step: int) -> tuple[int, int]:
-        """The side of the crops and the batch at a step."""
+        """Return the side of the crops and the batch size at a step."""
         return max(each for each in self.crops if each[0] * self.steps <= step)[1:]
 
 
 def new_autoencoder() -> AutoencoderKL:
-    """An autoencoder with random weights.
+    """Return an autoencoder with random weights.
 
-    There is no attention in the middle: what a part of the picture becomes depends on its surroundings alone, so that
-    every size works after training on one. One group for each norm, because more of them take the level of each group
-    away, which is all that plain areas consist of: with eight, colours took many more steps to learn.
+    It has no attention in the middle: each part of the picture depends only on its surroundings, so every size works
+    after training on one. Each norm has one group: more groups remove the level of each group, which is the only
+    content of plain areas. With eight groups, colours took many more steps to learn.
     """
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
@@ -67,22 +67,23 @@ def new_autoencoder() -> AutoencoderKL:
     ).to(memory_format=torch.channels_last)
 
 
-def train_autoencoder(sitting: Sitting, plan: AutoencoderPlan) -> AutoencoderKL:
-    """Train an autoencoder, or go on; returns the average of its last weights."""
+def train_autoencoder(session: Session, plan: AutoencoderPlan) -> AutoencoderKL:
+    """Train an autoencoder, or resume; return the average of its last weights."""
     model = new_autoencoder()
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    stage = Stage("autoencoder", sitting, model, [optimizer], steps=plan.steps)
-    pool = _draw_pool(plan.pool, sitting.seed) if stage.step < plan.steps else []
+    stage = Stage("autoencoder", session, model, [optimizer], steps=plan.steps)
+    pool = _draw_pool(plan.pool, session.seed) if stage.step < plan.steps else []
     for step in stage:
         side, count = plan.crop(step)
-        pixels = _batch(pool, stage.rng, side=side, count=count).to(sitting.device)
-        with torch.autocast(sitting.device.type, dtype=torch.bfloat16):
+        pixels = _batch(pool, stage.rng, side=side, count=count).to(session.device)
+        with torch.autocast(session.device.type, dtype=torch.bfloat16):
             posterior = model.encode(pixels).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=stage.generator).to(sitting.device)
+            noise = torch.randn(posterior.mean.shape, generator=stage.generator).to(session.device)
             restored = model.decode(posterior.mean + posterior.std * noise).sample
         restored = restored.float()
         distance = functional.l1_loss(restored, pixels)
-        edges = sum(functional.l1_loss(restored.diff(dim=dim), pixels.diff(dim=dim)) for dim in (2, 3))
+        down, across = (functional.l1_loss(restored.diff(dim=dim), pixels.diff(dim=dim)) for dim in (2, 3))
+        edges = down + across
         mean, log_variance = posterior.mean.float(), posterior.logvar.float()
         prior = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
         stage.optimize(distance + plan.edges * edges + plan.prior * prior, distance=distance, edges=edges, prior=prior)
@@ -92,7 +93,7 @@ def train_autoencoder(sitting: Sitting, plan: AutoencoderPlan) -> AutoencoderKL:
 
 
 def to_pixels(pictures: list[Image.Image] | list[np.ndarray]) -> Tensor:
-    """Pictures as a tensor (count, 3, height, width) between -1 and 1."""
+    """Return pictures as a tensor ``[count, 3, height, width]`` between -1 and 1."""
     array = np.stack([np.asarray(picture) for picture in pictures])
     return (torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous(
         memory_format=torch.channels_last
@@ -100,7 +101,7 @@ def to_pixels(pictures: list[Image.Image] | list[np.ndarray]) -> Tensor:
 
 
 def to_pictures(pixels: Tensor) -> list[Image.Image]:
-    """The inverse of `to_pixels`, for anything near that range."""
+    """Return the pictures of a tensor, the inverse of `to_pixels`; values are clamped."""
     array = ((pixels.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(picture.numpy()) for picture in array.permute(0, 2, 3, 1)]
 
@@ -125,7 +126,7 @@ def _batch(pool: list[np.ndarray], rng: random.Random, *, side: int, count: int)
 
 
 def _show(stage: Stage, pixels: Tensor, restored: Tensor) -> None:
-    """Originals above what became of them."""
+    """Write originals above their reconstructions."""
     pairs = zip(to_pictures(pixels[:8]), to_pictures(restored[:8]), strict=True)
     width, height = pixels.shape[3], pixels.shape[2]
     picture = Image.new("RGB", (width * min(8, len(pixels)), 2 * height))

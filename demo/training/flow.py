@@ -1,7 +1,7 @@
-"""The transformer: rectified flow from noise to latents, told by the caption.
+"""The transformer: rectified flow from noise to latents, conditioned on the caption.
 
 x_sigma = (1 - sigma) * latents + sigma * noise, and the model predicts noise - latents (Liu et al. 2022; Esser et al.
-2024). Sigmas are drawn logit-normally and shifted by the number of image tokens, as the scheduler will shift them.
+2024). Sigmas have a logit-normal distribution, shifted by the number of image tokens like the scheduler's.
 """
 
 from __future__ import annotations
@@ -18,39 +18,39 @@ from PIL import Image
 from torch import Tensor, nn
 
 from flux_parts import flux_scheduler
-from genserve_backend.flux.attention import RaggedAttention, rotation_of
+from genserve_backend.flux.attention import RaggedAttention, complex_rotation
 from shapes.captions import describe
 from training.autoencoder import NATIVE_SIZE
 from training.latents import Bucket, Size
-from training.stage import DECAY, Sitting, Stage
+from training.stage import DECAY, Session, Stage
 from training.text import MAX_SEQUENCE_LENGTH, WIDTH, TextParts
 
 HEADS = 6
 HEAD_WIDTH = 32
 ROPE_AXES = (4, 14, 14)
 NO_GUIDANCE = 1.0
-"""The guidance scale at which the model predicts what it was shown, no more."""
+"""Guidance scale without effect."""
 
 _LENGTHS = (MAX_SEQUENCE_LENGTH,) * 14 + (48, 96)
-_UNTOLD = 0.1
-"""The share of pictures whose caption is empty, which guidance needs."""
+_NO_CAPTION = 0.1
+"""Share of pictures with an empty caption, for guidance."""
 _LOCATION = 0.6
-"""Of the logit-normal distribution of sigmas, before the shift."""
-_DIFFERENT = 0.5
-"""The mean square distance from the background from which on a token counts as having something on it."""
+"""Location of the logit-normal distribution of sigmas, before the shift."""
+_FOREGROUND = 0.5
+"""Minimum mean square distance from the background of a token that is not background."""
 _NATIVE = (NATIVE_SIZE, NATIVE_SIZE)
 
 
 @dataclass(frozen=True)
 class FlowPlan:
-    """How long and on what the transformer trains."""
+    """Steps and data of the transformer's training."""
 
     steps: int = 6200
     tokens: int = 48 * 64
-    """Image tokens of a batch, whatever the pictures' size."""
+    """Image tokens of a batch, for all picture sizes."""
     rate: float = 1e-3
     native: float = 0.85
-    """The share of batches of the native size."""
+    """Share of batches of the native size."""
     pictures: dict[Size, int] = field(
         default_factory=lambda: {
             _NATIVE: 16000,
@@ -65,12 +65,12 @@ class FlowPlan:
             (128, 192): 900,
         }
     )
-    """How many pictures of each size are encoded."""
+    """Number of encoded pictures, by size."""
     emphasis: float = 2.5
-    """The weight of tokens with something on them, against those of plain background, while the rate is at its peak.
+    """Weight of foreground tokens relative to plain background, while the learning rate is at its peak.
 
-    Three tokens in four are background, which is learnt first. The rest of the training weighs all alike, because the
-    emphasis favours pictures with more on them where the noise leaves that open.
+    Three tokens in four are background, which is learnt first. The rest of the training weighs all tokens equally,
+    because the emphasis favours pictures with more things where the noise leaves their number open.
     """
     show: int = 500
     """Steps between two sample grids."""
@@ -78,7 +78,7 @@ class FlowPlan:
 
 @dataclass(frozen=True)
 class Batch:
-    """What the transformer is trained on in one step; the first dimension of all but `positions` counts pictures."""
+    """Data of one step; the first dimension of all tensors except `positions` is the picture."""
 
     latents: Tensor
     noise: Tensor
@@ -90,18 +90,18 @@ class Batch:
 
     @property
     def noisy(self) -> Tensor:
-        """The latents on their way."""
+        """Return the noisy latents."""
         sigmas = self.sigmas[:, None, None]
         return (1 - sigmas) * self.latents + sigmas * self.noise
 
     @property
     def velocity(self) -> Tensor:
-        """The direction from latents to noise."""
+        """Return the direction from latents to noise."""
         return self.noise - self.latents
 
 
 def new_transformer() -> FluxTransformer2DModel:
-    """FLUX's transformer with two double and four single blocks, and a guidance embedding, with random weights."""
+    """Return FLUX's transformer with two double and four single blocks, guidance embedding and random weights."""
     model = FluxTransformer2DModel(
         in_channels=64,
         num_layers=2,
@@ -113,7 +113,7 @@ def new_transformer() -> FluxTransformer2DModel:
         guidance_embeds=True,
         axes_dims_rope=ROPE_AXES,
     )
-    # Blocks that start as the identity, as DiT's do (Peebles and Xie 2023).
+    # The blocks start as the identity, like DiT's (Peebles and Xie 2023).
     for name, part in model.named_modules():
         if isinstance(part, nn.Linear) and name.endswith((".norm1.linear", ".norm1_context.linear", ".norm.linear")):
             nn.init.zeros_(part.weight)
@@ -124,7 +124,7 @@ def new_transformer() -> FluxTransformer2DModel:
 
 
 def optimizers_for(model: FluxTransformer2DModel, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the blocks, AdamW for everything else, as Muon's author recommends."""
+    """Return Muon for the matrices inside the blocks and AdamW for the rest, as Muon's author recommends."""
     blocks = {
         id(weight)
         for block in [*model.transformer_blocks, *model.single_transformer_blocks]
@@ -140,15 +140,15 @@ def optimizers_for(model: FluxTransformer2DModel, rate: float) -> list[torch.opt
 
 
 def train_flow(
-    sitting: Sitting, plan: FlowPlan, text: TextParts, buckets: Sequence[Bucket], pipeline: FluxPipeline
+    session: Session, plan: FlowPlan, text: TextParts, buckets: Sequence[Bucket], pipeline: FluxPipeline
 ) -> FluxTransformer2DModel:
-    """Train the transformer of `pipeline`, or go on; returns the average of its last weights."""
+    """Train the transformer of `pipeline`, or resume; return the average of its last weights."""
     model = pipeline.transformer
-    stage = Stage("flow", sitting, model, optimizers_for(model, plan.rate), steps=plan.steps, average=0.998)
-    train_quickly(model)  # after `Stage` has copied the plain one for its averages
+    stage = Stage("flow", session, model, optimizers_for(model, plan.rate), steps=plan.steps, average=0.998)
+    use_engine_attention(model)  # after `Stage` has copied the plain one for its averages
     for step in stage:
         batch = draw_batch(stage, text, pick(buckets, stage.rng, native=plan.native), plan.tokens)
-        with torch.autocast(sitting.device.type, dtype=torch.bfloat16):
+        with torch.autocast(session.device.type, dtype=torch.bfloat16):
             predicted = predict(model, batch, guidance=torch.full_like(batch.sigmas, NO_GUIDANCE))
         weights = _weights(batch.latents, plan.emphasis if step < (1 - DECAY) * plan.steps else 1.0)
         error = (predicted.float() - batch.velocity).square().mean(dim=-1)
@@ -159,21 +159,22 @@ def train_flow(
 
 
 def _weights(latents: Tensor, emphasis: float) -> Tensor:
-    """A weight for each token ``[pictures, tokens]``, one for those of plain background."""
+    """Return a weight per token ``[pictures, tokens]``: 1 for plain background, else `emphasis`."""
     background = latents.median(dim=1, keepdim=True).values
-    something = (latents - background).square().mean(dim=-1) > _DIFFERENT
-    return 1 + (emphasis - 1) * something
+    foreground = (latents - background).square().mean(dim=-1) > _FOREGROUND
+    return 1 + (emphasis - 1) * foreground
 
 
-def train_quickly(model: FluxTransformer2DModel) -> None:
-    """Make the model ready for `predict`: the engine's attention, whose arithmetic is diffusers' at a lower price."""
+def use_engine_attention(model: FluxTransformer2DModel) -> None:
+    """Install the engine's attention, which `predict` needs: diffusers' arithmetic at a lower cost."""
     model.set_attn_processor(RaggedAttention())
 
 
 def predict(model: FluxTransformer2DModel, batch: Batch, *, guidance: Tensor) -> Tensor:
-    """The velocity for a batch, by a model that `train_quickly` has seen."""
+    """Return the velocity of a batch; the model needs `use_engine_attention`."""
     text_ids = torch.zeros(batch.tokens.shape[1], 3, device=batch.positions.device)
-    rotation = rotation_of(*model.pos_embed(torch.cat([text_ids, batch.positions])))[None, :, None]
+    # The real form writes into its output in place, which has no gradient.
+    rotation = complex_rotation(*model.pos_embed(torch.cat([text_ids, batch.positions])))[None, :, None]
     predicted: Tensor = model(
         hidden_states=batch.noisy,
         encoder_hidden_states=batch.tokens,
@@ -189,20 +190,21 @@ def predict(model: FluxTransformer2DModel, batch: Batch, *, guidance: Tensor) ->
 
 
 def pick(buckets: Sequence[Bucket], rng: random.Random, *, native: float) -> Bucket:
-    """The native bucket with that probability, else any other."""
+    """Draw a bucket: the native one with probability `native`, else any other."""
     others = [bucket for bucket in buckets if bucket.size != _NATIVE]
     if not others or rng.random() < native:
         return next(bucket for bucket in buckets if bucket.size == _NATIVE)
     return rng.choice(others)
 
 
-def draw_batch(stage: Stage, text: TextParts, bucket: Bucket, tokens: int, *, untold: float = _UNTOLD) -> Batch:
-    """Pictures of a bucket with fresh captions, noise and sigmas."""
-    rng, generator, device = stage.rng, stage.generator, stage.sitting.device
+def draw_batch(stage: Stage, text: TextParts, bucket: Bucket, tokens: int, *, no_caption: float = _NO_CAPTION) -> Batch:
+    """Draw pictures of a bucket with new captions, noise and sigmas."""
+    rng, generator, device = stage.rng, stage.generator, stage.session.device
     count = min(max(tokens // bucket.tokens, 1), len(bucket.scenes))
     indices = rng.sample(range(len(bucket.scenes)), count)
     captions = [
-        "" if rng.random() < untold else describe(bucket.scenes[index], rng, style=bucket.style) for index in indices
+        "" if rng.random() < no_caption else describe(bucket.scenes[index], rng, style=bucket.style)
+        for index in indices
     ]
     with torch.no_grad():
         pooled, embedded = text.encode(captions, length=rng.choice(_LENGTHS))
@@ -220,10 +222,10 @@ def draw_batch(stage: Stage, text: TextParts, bucket: Bucket, tokens: int, *, un
 
 
 def draw_sigmas(count: int, tokens: int, generator: torch.Generator) -> Tensor:
-    """Logit-normal sigmas, shifted like the scheduler's.
+    """Draw logit-normal sigmas, shifted like the scheduler's.
 
-    Their location is above zero: what a caption says of a shape shows at sigmas from 0.6 to 0.95, where a wrong shape
-    in the caption raises the error by a fifth to a third; below 0.4 it hardly matters.
+    Their location is above zero: shapes are decided at sigmas from 0.6 to 0.95, where a wrong shape in the caption
+    raises the error by a fifth to a third. Below 0.4 it hardly matters.
     """
     scheduler = flux_scheduler(schnell=False)
     config = scheduler.config
@@ -248,7 +250,7 @@ SHOWN = (
     "a large white star in the center, red background",
     "a small cyan square at the bottom on an orange background",
 )
-"""The prompts of the sample grids."""
+"""Prompts of the sample grids."""
 
 
 @torch.no_grad()
@@ -270,7 +272,7 @@ def show(stage: Stage, pipeline: FluxPipeline, *, guidance: float, prompts: Sequ
 def sample(
     pipeline: FluxPipeline, prompts: Sequence[str], *, guidance: float, steps: int = 20, seed: int = 0
 ) -> list[Image.Image]:
-    """Images for the prompts by plain `FluxPipeline`, each with the noise of a seed of its own."""
+    """Generate images with plain `FluxPipeline`, each with a seed of its own."""
     pipeline.set_progress_bar_config(disable=True)
     made = pipeline(
         list(prompts),

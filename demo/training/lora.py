@@ -1,4 +1,4 @@
-"""A LoRA for a style: neon outlines on black."""
+"""A style LoRA: neon outlines on black."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from peft.utils import get_peft_model_state_dict
 from torch.nn import functional
 
 from shapes.captions import NEON
-from training.flow import SHOWN, draw_batch, predict, show, train_quickly
+from training.flow import SHOWN, draw_batch, predict, show, use_engine_attention
 from training.guidance import SHOWN_GUIDANCE
 from training.latents import Bucket
-from training.stage import Sitting, Stage
+from training.stage import Session, Stage
 from training.text import TextParts
 
 RANK = 8
@@ -31,12 +31,12 @@ TARGETS = [
     "proj_mlp",
     "proj_out",
 ]
-"""The attention of both kinds of block, and the single blocks' linear layers."""
+"""Layers with a LoRA: the attention of both kinds of block, and the single blocks' linear layers."""
 
 
 @dataclass(frozen=True)
 class LoraPlan:
-    """How long and on what the LoRA trains."""
+    """Steps and data of the LoRA's training."""
 
     steps: int = 1000
     tokens: int = 32 * 64
@@ -46,11 +46,11 @@ class LoraPlan:
 
 
 def train_lora(
-    sitting: Sitting, plan: LoraPlan, text: TextParts, bucket: Bucket, pipeline: FluxPipeline, output: Path
+    session: Session, plan: LoraPlan, text: TextParts, bucket: Bucket, pipeline: FluxPipeline, output: Path
 ) -> None:
-    """Train a LoRA on `pipeline`'s transformer, or go on; writes `output`/pytorch_lora_weights.safetensors.
+    """Train a LoRA on `pipeline`'s transformer, or resume; write `output`/pytorch_lora_weights.safetensors.
 
-    It trains at the default guidance, so that it draws its style there.
+    It is trained at the default guidance scale, so its style is right there.
     """
     model = pipeline.transformer
     model.requires_grad_(requires_grad=False)
@@ -65,12 +65,12 @@ def train_lora(
     )
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=plan.rate, betas=(0.9, 0.98), weight_decay=0.0)
-    stage = Stage("lora", sitting, model, [optimizer], steps=plan.steps, average=0.98)
-    train_quickly(model)
+    stage = Stage("lora", session, model, [optimizer], steps=plan.steps, average=0.98)
+    use_engine_attention(model)
     prompts = [f"{prompt.partition(' on ')[0].partition(', ')[0]}, {NEON}" for prompt in SHOWN]
     for step in stage:
-        batch = draw_batch(stage, text, bucket, plan.tokens, untold=0.0)
-        with torch.autocast(sitting.device.type, dtype=torch.bfloat16):
+        batch = draw_batch(stage, text, bucket, plan.tokens, no_caption=0.0)
+        with torch.autocast(session.device.type, dtype=torch.bfloat16):
             predicted = predict(model, batch, guidance=torch.full_like(batch.sigmas, SHOWN_GUIDANCE))
         stage.optimize(functional.mse_loss(predicted.float(), batch.velocity))
         if (step + 1) % plan.show == 0:
@@ -80,4 +80,4 @@ def train_lora(
         output, transformer_lora_layers={name: weight.half().contiguous() for name, weight in weights.items()}
     )
     for path in output.iterdir():
-        path.chmod(0o644)  # they are written for their owner alone
+        path.chmod(0o644)  # diffusers writes them readable for the owner only

@@ -1,4 +1,4 @@
-"""What all stages of the training share: steps that go on where they stopped, learning rates, averages and losses."""
+"""Stages of the training: steps that resume after an interruption, learning rates, averages and losses."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from tqdm import tqdm
 _Weights = list[Tensor] | tuple[Tensor, ...]
 
 DECAY = 0.3
-"""The share of the steps, the last ones, over which the learning rate falls to zero."""
+"""Share of the steps, at the end, over which the learning rate falls to zero."""
 REPORT_EVERY = 20
 
 
 @dataclass(frozen=True)
-class Sitting:
-    """What one call of the script trains with."""
+class Session:
+    """One run of the training script."""
 
     work: Path
-    """Where checkpoints, losses and samples of all stages go."""
+    """Folder for checkpoints, losses and samples of all stages."""
     seed: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
 
 class Stage:
-    """Trains one model for a number of steps, over as many sittings as it takes.
+    """Training of one model for a number of steps, over any number of runs.
 
-    Everything random in a step is drawn from `rng` and `generator` (which stays on the CPU). Both start anew with each
-    step from the seed and the step's number: a training that was interrupted ends with the weights of one that was not.
+    Everything random in a step is drawn from `rng` and `generator`, which stays on the CPU. Both are seeded before each
+    step with the seed and the step's number: an interrupted training ends with the weights of an uninterrupted one.
     """
 
     def __init__(
         self,
         name: str,
-        sitting: Sitting,
+        session: Session,
         model: nn.Module,
         optimizers: list[torch.optim.Optimizer],
         *,
@@ -53,11 +53,11 @@ class Stage:
         save_every: int = 100,
     ) -> None:
         self.name = name
-        self.sitting = sitting
-        self.model = model.to(sitting.device)
+        self.session = session
+        self.model = model.to(session.device)
         self.steps = steps
         self.step = 0
-        self.folder = sitting.work / name
+        self.folder = session.work / name
         self.folder.mkdir(parents=True, exist_ok=True)
         self.averaged = AveragedModel(self.model, multi_avg_fn=_averaging(average))
         self._optimizers = optimizers
@@ -71,7 +71,7 @@ class Stage:
             self._load()
 
     def __iter__(self) -> Iterator[int]:
-        """The steps that are left, with a progress bar; saves as it goes."""
+        """Yield the remaining steps, with a progress bar; save at intervals."""
         with tqdm(total=self.steps, initial=self.step, desc=self.name, unit="step", mininterval=2) as self._bar:
             while self.step < self.steps:
                 self._seed()
@@ -82,15 +82,15 @@ class Stage:
                     self._save()
 
     def _seed(self) -> None:
-        seed = f"{self.sitting.seed} {self.name} {self.step}"
+        seed = f"{self.session.seed} {self.name} {self.step}"
         self.rng.seed(seed)
         self.generator.manual_seed(zlib.crc32(seed.encode()))
 
     def optimize(self, loss: Tensor, **losses: Tensor) -> None:
-        """One step down `loss`; it and the other `losses` go into the loss file."""
+        """Take an optimizer step on `loss`; write it and the other `losses` to the loss file."""
         for optimizer in self._optimizers:
             optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer, rate in zip(self._optimizers, self._rates, strict=True):
             optimizer.step()
@@ -99,7 +99,7 @@ class Stage:
         self._report({"loss": loss, **losses})
 
     def _rate(self, step: int, warmup: int) -> float:
-        """The learning rate as a share of its peak: up in a line, flat, down in a line."""
+        """Return the learning rate as a share of its peak: linear warm-up, constant, linear decay."""
         return min(1.0, (step + 1) / warmup, max(self.steps - step, 0) / (DECAY * self.steps))
 
     def _report(self, losses: dict[str, Tensor]) -> None:
@@ -136,7 +136,7 @@ class Stage:
         scratch.replace(self._checkpoint)
 
     def _load(self) -> None:
-        state = torch.load(self._checkpoint, map_location=self.sitting.device, weights_only=True)
+        state = torch.load(self._checkpoint, map_location=self.session.device, weights_only=True)
         self.step = state["step"]
         self.model.load_state_dict(state["model"])
         self.averaged.load_state_dict(state["averaged"])
@@ -147,7 +147,7 @@ class Stage:
 
 
 def _averaging(decay: float) -> Callable[[_Weights, _Weights, Tensor | int], None]:
-    """Exponential averages that forget the first steps sooner: over the last tenth of the steps so far, at most."""
+    """Return an exponential average with a shorter window at first: at most the last tenth of the steps so far."""
 
     @torch.no_grad()
     def update(averaged: _Weights, current: _Weights, count: Tensor | int) -> None:

@@ -1,8 +1,8 @@
-"""The text encoders: a CLIP and a T5 that learn from captions alone what they say.
+"""The text encoders: a CLIP and a T5, trained on captions alone.
 
-FLUX's transformer starts from what its text encoders know. These two learn it by answering questions about captions:
-which background, which shapes, colours and sizes, where. CLIP answers from its pooled embedding; T5 from its tokens,
-with a learnt attention for each question, which is how the transformer will read them.
+Both learn by answering questions about captions: background, shapes, colours, sizes and places. CLIP answers from its
+pooled embedding; T5 from its tokens, with a learnt attention per question, similar to the transformer's attention to
+them.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, PreTraine
 from flux_parts import CLIP_LENGTH, clip_tokenizer, t5_tokenizer
 from shapes.captions import describe, vocabulary
 from shapes.scenes import COLOURS, PLACES, SHAPES, SIZES, Scene, Style, draw_scene
-from training.stage import Sitting, Stage
+from training.stage import Session, Stage
 
 WIDTH = 128
 MAX_SEQUENCE_LENGTH = 32
 """T5 tokens of a prompt; the longest caption has 28."""
 _LENGTHS = (MAX_SEQUENCE_LENGTH,) * 6 + (48, 96)
-"""Padded lengths to learn from: FLUX's encoders see the padding, and other programs pad to other lengths."""
+"""Padded lengths in training: FLUX's encoders attend to the padding, and other programs pad to other lengths."""
 _NEON = 0.1
 
 QUESTIONS: dict[str, int] = {
@@ -37,12 +37,12 @@ QUESTIONS: dict[str, int] = {
     **{f"{which} colour": len(COLOURS) + 1 for which in ("first", "second")},
     **{f"{which} size": len(SIZES) + 1 for which in ("first", "second")},
 }
-"""What the encoders have to tell, with the number of answers; the last answer of a thing means that there is none."""
+"""Questions with their number of answers; the last answer about a thing means that there is none."""
 
 
 @dataclass(frozen=True)
 class TextPlan:
-    """How long and on what the text encoders train."""
+    """Steps and data of the text encoders' training."""
 
     steps: int = 800
     batch: int = 128
@@ -59,14 +59,14 @@ class TextParts:
     encoder_2: T5EncoderModel
 
     def encode(self, captions: list[str], *, length: int = MAX_SEQUENCE_LENGTH) -> tuple[Tensor, Tensor]:
-        """The pooled embeddings (count, WIDTH) and the tokens' embeddings (count, length, WIDTH)."""
+        """Return the pooled embeddings ``[count, WIDTH]`` and the tokens' embeddings ``[count, length, WIDTH]``."""
         ids, ids_2 = self.token_ids(captions, length=length)
         return self.encoder(ids).pooler_output, self.encoder_2(ids_2).last_hidden_state
 
     def token_ids(self, captions: list[str], *, length: int) -> tuple[Tensor, Tensor]:
-        """Padded token ids for both encoders.
+        """Return padded token ids for both encoders.
 
-        CLIP reads from left to right and its embedding is taken at the end of the text: padding changes nothing.
+        CLIP is causal and its embedding is taken at the end of the text, so padding has no effect.
         """
         device = self.encoder.device
         ids = self.tokenizer(captions, padding=True, truncation=True, max_length=CLIP_LENGTH, return_tensors="pt")
@@ -76,8 +76,8 @@ class TextParts:
         return ids.input_ids.to(device), ids_2.input_ids.to(device)
 
 
-class Reader(nn.Module):
-    """Both encoders and the heads that answer the questions; only the encoders are kept."""
+class CaptionClassifier(nn.Module):
+    """Both encoders, and the heads that answer the questions; only the encoders are kept."""
 
     def __init__(self, parts: TextParts) -> None:
         super().__init__()
@@ -87,18 +87,18 @@ class Reader(nn.Module):
         self.queries = nn.Parameter(torch.randn(len(QUESTIONS), WIDTH) / math.sqrt(WIDTH))
 
     def forward(self, ids: Tensor, ids_2: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """The answers' logits from CLIP and from T5, in the order of `QUESTIONS`."""
+        """Return the answers' logits from CLIP and from T5, in the order of `QUESTIONS`."""
         pooled = self.clip(ids).pooler_output
         tokens = self.t5(ids_2).last_hidden_state
-        read = (self.queries @ tokens.transpose(1, 2)).softmax(dim=-1) @ tokens
+        attended = (self.queries @ tokens.transpose(1, 2)).softmax(dim=-1) @ tokens
         return (
             [head(pooled) for head in self.from_pooled.values()],
-            [head(read[:, index]) for index, head in enumerate(self.from_tokens.values())],
+            [head(attended[:, index]) for index, head in enumerate(self.from_tokens.values())],
         )
 
 
 def new_text_parts() -> TextParts:
-    """Tokenizers learnt from the captions' words, and encoders with random weights."""
+    """Return tokenizers for the captions' words, and encoders with random weights."""
     words = vocabulary()
     tokenizer, tokenizer_2 = clip_tokenizer(words), t5_tokenizer(words, max_length=MAX_SEQUENCE_LENGTH)
     clip = CLIPTextConfig(
@@ -129,20 +129,23 @@ def new_text_parts() -> TextParts:
     return TextParts(tokenizer, CLIPTextModel(clip), tokenizer_2, T5EncoderModel(t5))
 
 
-def train_text(sitting: Sitting, plan: TextPlan) -> TextParts:
-    """Train both encoders, or go on; returns the averages of their last weights."""
+def train_text(session: Session, plan: TextPlan) -> TextParts:
+    """Train both encoders, or resume; return the averages of their last weights."""
     parts = new_text_parts()
-    reader = Reader(parts)
-    optimizer = torch.optim.AdamW(reader.parameters(), lr=plan.rate, betas=(0.9, 0.98), weight_decay=1e-2)
-    stage = Stage("text", sitting, reader, [optimizer], steps=plan.steps)
+    classifier = CaptionClassifier(parts)
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=plan.rate, betas=(0.9, 0.98), weight_decay=1e-2)
+    stage = Stage("text", session, classifier, [optimizer], steps=plan.steps)
     for _ in stage:
         scenes, captions = draw_captions(stage.rng, plan.batch)
         ids, ids_2 = parts.token_ids(captions, length=stage.rng.choice(_LENGTHS))
-        truth = torch.tensor([answers(*scene) for scene in scenes], device=sitting.device)
-        with torch.autocast(sitting.device.type, dtype=torch.bfloat16):
-            pooled, tokens = reader(ids, ids_2)
+        truth = torch.tensor([answers(*scene) for scene in scenes], device=session.device)
+        with torch.autocast(session.device.type, dtype=torch.bfloat16):
+            pooled, tokens = classifier(ids, ids_2)
         losses = [
-            sum(functional.cross_entropy(logits.float(), truth[:, index]) for index, logits in enumerate(answer))
+            sum(
+                (functional.cross_entropy(logits.float(), truth[:, index]) for index, logits in enumerate(answer)),
+                torch.zeros((), device=session.device),
+            )
             for answer in (pooled, tokens)
         ]
         right = torch.stack(
@@ -155,31 +158,32 @@ def train_text(sitting: Sitting, plan: TextPlan) -> TextParts:
         )
         stage.optimize(losses[0] + losses[1], clip_right=right[0], t5_right=right[1])
     kept = stage.averaged.module
+    assert isinstance(kept, CaptionClassifier)
     return TextParts(parts.tokenizer, kept.clip.eval(), parts.tokenizer_2, kept.t5.eval())
 
 
 def draw_captions(rng: random.Random, count: int) -> tuple[list[tuple[Scene, Style]], list[str]]:
-    """Scenes with their styles, and a caption for each."""
+    """Draw scenes with their styles, and a caption for each."""
     styles: list[Style] = ["neon" if rng.random() < _NEON else "plain" for _ in range(count)]
     scenes = [(draw_scene(rng, held_out=False, style=style), style) for style in styles]
     return scenes, [describe(scene, rng, style=style) for scene, style in scenes]
 
 
 def answers(scene: Scene, style: Style) -> list[int]:
-    """The right answer to each of the questions."""
+    """Return the right answers to the questions."""
     colours = list(COLOURS)
     places = [*PLACES, None]
-    told: dict[str, int] = {
+    right: dict[str, int] = {
         "background": colours.index(scene.background),
         "style": int(style == "neon"),
         "relation": ("beside", "above", None).index(scene.relation),
         "place": places.index(scene.place if scene.relation is None else None),
     }
     for which, thing in zip(("first", "second"), (*scene.things, None), strict=False):
-        told[f"{which} shape"] = SHAPES.index(thing.shape) if thing else len(SHAPES)
-        told[f"{which} colour"] = colours.index(thing.colour) if thing else len(colours)
-        told[f"{which} size"] = SIZES.index(thing.size) if thing else len(SIZES)
-    return [told[name] for name in QUESTIONS]
+        right[f"{which} shape"] = SHAPES.index(thing.shape) if thing else len(SHAPES)
+        right[f"{which} colour"] = colours.index(thing.colour) if thing else len(colours)
+        right[f"{which} size"] = SIZES.index(thing.size) if thing else len(SIZES)
+    return [right[name] for name in QUESTIONS]
 
 
 def _key(name: str) -> str:

@@ -1,7 +1,7 @@
-"""Threads of stubs and workers that fail on demand; model.py files of a test's repository and their workers import it.
+"""Threads of stubs and workers that fail on demand, for a test's model.py files and their workers.
 
-A failure is armed by creating the file that the environment names; the first thread of the chosen name to get to its
-next piece of work removes the file and raises what is no Exception.
+The file that the environment names arms a failure. The first thread with the name in it that reaches its next piece of
+work removes the file and raises a BaseException.
 """
 
 from __future__ import annotations
@@ -16,50 +16,50 @@ from typing import Any
 from genserve_backend.worker.link import WORKER_PATH_ENV
 
 ARMED_ENV = "FAILING_THREADS_ARMED"
-"""A file that holds the name of the thread to fail."""
+"""Path of the file with the name of the thread to fail."""
 
 
 class Panic(BaseException):
-    """Like pyo3's PanicException, no Exception."""
+    """A BaseException outside Exception, like pyo3's PanicException."""
 
 
 def prepare_stub() -> None:
-    """Let the stub's threads fail, and its worker import this module."""
+    """Make the stub's threads fail on demand, and let its worker import this module."""
     from genserve_backend.worker.supervisor import Supervisor
 
     os.environ[WORKER_PATH_ENV] = os.pathsep.join([str(Path(__file__).parent), os.environ[WORKER_PATH_ENV]])
-    _let_fail(Supervisor, "_look_after_callers", thread="supervisor")
-    _let_fail(Connection, "send", thread="worker-writer")
-    _let_fail(Connection, "recv", thread="worker-reader")
+    _fail_on_demand(Supervisor, "_check_callers", thread="supervisor")
+    _fail_on_demand(Connection, "send", thread="worker-writer")
+    _fail_on_demand(Connection, "recv", thread="worker-reader")
 
 
 def build_flux(*arguments: Any) -> Any:
-    """The flux engine with threads that may fail."""
+    """Build the flux engine with threads that fail on demand."""
+    from genserve_backend.flux.build import build
     from genserve_backend.flux.decode import Decoder
     from genserve_backend.flux.engine import FluxEngine
-    from genserve_backend.flux.load import build
 
-    _let_fail(FluxEngine, "turn", thread="MainThread")
-    _let_fail(Decoder, "_decode", thread="decode")
-    _let_fail(Decoder, "_write", thread="write")
+    _fail_on_demand(FluxEngine, "turn", thread="MainThread")
+    _fail_on_demand(Decoder, "_decode", thread="decode")
+    _fail_on_demand(Decoder, "_write", thread="write")
     return _listening(build(*arguments))
 
 
 def build_rerank(*arguments: Any) -> Any:
-    """The rerank engine with threads that may fail."""
-    from genserve_backend.rerank.load import build
-    from genserve_backend.rerank.reader import Reader
+    """Build the rerank engine with threads that fail on demand."""
+    from genserve_backend.rerank.build import build
+    from genserve_backend.rerank.tokenization import Tokenization
 
-    _let_fail(Reader, "_read", thread="read")
+    _fail_on_demand(Tokenization, "_tokenize", thread="tokenize")
     return _listening(build(*arguments))
 
 
 def _listening(engine: Any) -> Any:
-    _let_fail(type(engine), "submit", thread="listen")
+    _fail_on_demand(type(engine), "submit", thread="listen")
     return engine
 
 
-def _let_fail(owner: Any, name: str, *, thread: str) -> None:
+def _fail_on_demand(owner: Any, name: str, *, thread: str) -> None:
     original: Callable[..., Any] = getattr(owner, name)
 
     def call(*arguments: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Every row of the error table that a caller's bytes can cause, and bytes that no caller should send."""
+"""Invalid input: every error of the contract that input can cause, and malformed bytes."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def both(running_server: Server) -> list[tuple[Any, Any, str]]:
 
 @pytest.fixture(autouse=True)
 def unharmed(running_server: Server) -> Iterator[None]:
-    """Whatever a test sends, nothing dies of it, and a good request still works."""
+    """Check after a test that no process ended and that a valid request succeeds."""
     running_server.wait_ready()
     before = {process.pid for process in running_server.family()}
     yield
@@ -85,7 +85,7 @@ def unharmed(running_server: Server) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(("values", "tensor"), BAD)
-def test_a_value_out_of_range_names_its_tensor(
+def test_value_out_of_range_names_its_tensor(
     both: list[tuple[Any, Any, str]], values: dict[str, Any], tensor: str
 ) -> None:
     for module, client, status in both:
@@ -97,7 +97,7 @@ def test_a_value_out_of_range_names_its_tensor(
         assert len(caught.value.message()) < 300
 
 
-def test_shapes_and_types_that_do_not_fit(both: list[tuple[Any, Any, str]]) -> None:
+def test_wrong_shapes_and_types_are_rejected(both: list[tuple[Any, Any, str]]) -> None:
     for module, client, status in both:
         wide = module.InferInput("PROMPT", [1, 2], "BYTES")
         wide.set_data_from_numpy(np.array([[b"a", b"b"]], dtype=object))
@@ -117,7 +117,7 @@ def test_shapes_and_types_that_do_not_fit(both: list[tuple[Any, Any, str]]) -> N
             assert caught.value.status() == status, (caught.value, [each.shape() for each in inputs])
 
 
-def test_uneven_documents_and_missing_tensors(both: list[tuple[Any, Any, str]]) -> None:
+def test_uneven_documents_and_missing_tensors_are_rejected(both: list[tuple[Any, Any, str]]) -> None:
     for module, client, status in both:
         query = module.InferInput("QUERY", [1, 1], "BYTES")
         query.set_data_from_numpy(np.array([[b"q"]], dtype=object))
@@ -177,7 +177,7 @@ def prompt_of_shape(*shape: int) -> bytes:
         ),
     ],
 )
-def test_malformed_http_bodies_get_an_error(server: Server, body: bytes) -> None:
+def test_malformed_http_body_gets_an_error(server: Server, body: bytes) -> None:
     for verb in ("infer", "generate"):
         connection = http.client.HTTPConnection("localhost", server.http_port, timeout=30)
         connection.request("POST", f"/v2/models/flux/{verb}", body)
@@ -185,12 +185,12 @@ def test_malformed_http_bodies_get_an_error(server: Server, body: bytes) -> None
         connection.close()
 
 
-def test_a_connection_cut_in_the_middle_of_a_request(server: Server) -> None:
+def test_connection_cut_within_a_request_does_no_harm(server: Server) -> None:
     with socket.create_connection(("localhost", server.http_port)) as connection:
         connection.sendall(b"POST /v2/models/flux/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n{")
 
 
-def test_an_unknown_model_and_no_server(server: Server) -> None:
+def test_unknown_model_and_missing_server_are_reported(server: Server) -> None:
     from genserve.protocol import Call
     from genserve.transport import connect
 

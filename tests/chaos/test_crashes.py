@@ -1,4 +1,4 @@
-"""Processes killed with SIGKILL while they work: nobody waits for ever, and nothing needs a hand."""
+"""Crashes of busy processes: no request hangs, and the server recovers by itself."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LONG = {"steps": 100, "height": 320, "width": 320, "seed": 4}
 
 
 def running(client: Client, task_id: str) -> bool:
-    """Whether the task has begun its steps."""
+    """Return True once the task has started its steps."""
     return any(
         task.task_id == task_id and task.state == "running" and task.step > 0
         for status in client.status()
@@ -32,7 +32,7 @@ def start_long(pool: ThreadPoolExecutor, client: Client, task_id: str) -> Future
     return future
 
 
-def test_a_killed_worker_costs_no_request(server: Server, client: Client) -> None:
+def test_killed_worker_fails_no_request(server: Server, client: Client) -> None:
     expected = client.generate("a long one", **LONG).data
     worker = server.worker("flux")
     with ThreadPoolExecutor(4) as pool:
@@ -48,7 +48,7 @@ def test_a_killed_worker_costs_no_request(server: Server, client: Client) -> Non
     assert f"killed-{worker.pid}" in deaths[-1]
 
 
-def test_a_killed_reranker_costs_no_request(server: Server, client: Client) -> None:
+def test_killed_rerank_worker_fails_no_request(server: Server, client: Client) -> None:
     documents = [f"document {index} " + "word " * 200 for index in range(120)]
     expected = [document.score for document in client.rerank("document 7", documents)]
     with ThreadPoolExecutor(1) as pool:
@@ -59,7 +59,7 @@ def test_a_killed_reranker_costs_no_request(server: Server, client: Client) -> N
     assert client.rerank("q", ["a"])
 
 
-def test_a_request_in_flight_at_two_deaths_is_given_up(server: Server, grpc_client: Client) -> None:
+def test_request_in_flight_at_two_crashes_fails(server: Server, grpc_client: Client) -> None:
     client = grpc_client
     with ThreadPoolExecutor(1) as pool:
         task_id = f"twice-{server.worker('flux').pid}"
@@ -78,7 +78,7 @@ def test_a_request_in_flight_at_two_deaths_is_given_up(server: Server, grpc_clie
 
 
 @pytest.mark.parametrize("model", ["flux", "rerank", "tasks"])
-def test_a_killed_stub_brings_the_server_back(server: Server, grpc_client: Client, model: str) -> None:
+def test_killed_stub_restarts_the_server(server: Server, grpc_client: Client, model: str) -> None:
     client = grpc_client
     stub, worker = server.stub(model), None if model == "tasks" else server.worker(model)
     with ThreadPoolExecutor(1) as pool:
@@ -95,7 +95,7 @@ def test_a_killed_stub_brings_the_server_back(server: Server, grpc_client: Clien
         wait_until(lambda: not psutil.pid_exists(worker.pid), what="the stub's worker to end")
 
 
-def test_a_killed_tritonserver_comes_back(server: Server, grpc_client: Client) -> None:
+def test_killed_tritonserver_is_restarted(server: Server, grpc_client: Client) -> None:
     triton = server.process.children()[0]
     family = triton.children(recursive=True)
     server.stub("flux").suspend()  # one that cannot end by itself, as one stuck on a lock cannot
@@ -107,7 +107,7 @@ def test_a_killed_tritonserver_comes_back(server: Server, grpc_client: Client) -
 
 
 @pytest.mark.parametrize("part", ["stub", "tritonserver"])
-def test_a_stopped_part_is_replaced_after_the_hang_timeout(pair: Server, part: str) -> None:
+def test_hung_process_is_replaced_after_the_hang_timeout(pair: Server, part: str) -> None:
     triton = pair.process.children()[0]
     stopped = pair.stub("flux", 1) if part == "stub" else triton
     stopped.suspend()
@@ -120,7 +120,7 @@ def test_a_stopped_part_is_replaced_after_the_hang_timeout(pair: Server, part: s
     assert not psutil.pid_exists(triton.pid)
 
 
-def test_a_client_can_wait_for_the_server_to_come_back(server: Server) -> None:
+def test_client_can_wait_for_the_restarted_server(server: Server) -> None:
     with Client(server.grpc, retry_for=60) as client:
         server.process.children()[0].send_signal(signal.SIGKILL)
         assert client.generate("patient", steps=2).data

@@ -1,4 +1,4 @@
-"""Workers that die, hang or are told to stop in the middle of a batch: everybody else gets the image they asked for."""
+"""Crashes, hangs and cancellations within a batch: all other requests get their right image."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def expected(running_pair: Server) -> list[Pixels]:
 
 
 def start_all(pool: ThreadPoolExecutor, client: Client) -> tuple[list[Future[Any]], int]:
-    """Send all requests; the number of an instance that works on at least `IN_FLIGHT` of them."""
+    """Send all requests; return them with an instance that has at least `IN_FLIGHT` of them."""
     futures = [pool.submit(client.generate, **request) for request in REQUESTS]
 
     def busy() -> list[str]:
@@ -67,7 +67,9 @@ def assert_replaced(server: Server, instance: int, worker: psutil.Process, cause
     assert "given_up=" not in death
 
 
-def test_a_killed_worker_with_eight_in_flight(pair: Server, client: Client, expected: list[Pixels]) -> None:
+def test_killed_worker_with_eight_in_flight_loses_no_image(
+    pair: Server, client: Client, expected: list[Pixels]
+) -> None:
     with ThreadPoolExecutor(len(REQUESTS)) as pool:
         futures, instance = start_all(pool, client)
         worker = pair.worker("flux", instance)
@@ -76,7 +78,7 @@ def test_a_killed_worker_with_eight_in_flight(pair: Server, client: Client, expe
     assert_replaced(pair, instance, worker, "SIGKILL")
 
 
-def test_a_stopped_worker_is_noticed_and_replaced(pair: Server, client: Client, expected: list[Pixels]) -> None:
+def test_hung_worker_is_detected_and_replaced(pair: Server, client: Client, expected: list[Pixels]) -> None:
     with ThreadPoolExecutor(len(REQUESTS)) as pool:
         futures, instance = start_all(pool, client)
         worker = pair.worker("flux", instance)
@@ -87,14 +89,14 @@ def test_a_stopped_worker_is_noticed_and_replaced(pair: Server, client: Client, 
 
 
 class Caller:
-    """Bare tritonclient, whose calls can be cancelled."""
+    """Plain tritonclient with cancellable calls."""
 
     def __init__(self, server: Server) -> None:
         self._client = triton_grpc.InferenceServerClient(server.grpc)
         self._tasks = connect(server.grpc)
 
     def call(self, name: str, *, steps: int, cancel: Callable[[Any, str], None] | None) -> str:
-        """One request; how it ended."""
+        """Send one request; return its outcome."""
         inputs = []
         for tensor, dtype, value in (
             ("PROMPT", "BYTES", b"one of a crowd"),
@@ -136,7 +138,7 @@ def memory(server: Server) -> int:
 
 
 def crowd(server: Server, count: int) -> Counter[str]:
-    """`count` requests, every second of them cancelled at a random time, one way or the other; how they ended."""
+    """Send `count` requests and cancel every second one at a random time; return the outcomes."""
     caller = Caller(server)
     ways = [None, caller.hang_up, None, caller.ask_tasks]
 
@@ -150,7 +152,7 @@ def crowd(server: Server, count: int) -> Counter[str]:
         return Counter(pool.map(one, range(count)))
 
 
-def test_random_cancellations_lose_nothing(pair: Server, client: Client) -> None:
+def test_random_cancellations_affect_no_other_request(pair: Server, client: Client) -> None:
     crowd(pair, CROWD // 4)
     before = memory(pair)
     ends = crowd(pair, CROWD)

@@ -1,4 +1,4 @@
-"""More than the server can do: each request is answered, late, or at once with a refusal that says which."""
+"""Overload: each request gets a response, late or at once with an error that names the limit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LONG = {"steps": 100, "height": 384, "width": 384}
 
 @pytest.fixture(scope="module")
 def running_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One that denoises one image at a time: a single request makes it full."""
+    """Server with one slot: a single request fills it."""
     yield from serving(tmp_path_factory, FLUX_MAX_RUNNING="1", MAX_GPU_QUEUE_SIZE="0")
 
 
@@ -37,7 +37,7 @@ def outcome(client: Client, seed: int, **settings: object) -> str:
     return type(made).__name__
 
 
-def test_three_hundred_at_once_are_all_answered(server: Server, client: Client) -> None:
+def test_all_of_300_concurrent_requests_get_a_response(server: Server, client: Client) -> None:
     with ThreadPoolExecutor(300) as pool:
         outcomes = Counter(pool.map(lambda seed: outcome(client, seed), range(300)))
     assert outcomes.keys() <= {GeneratedImage.__name__, QueueFull.__name__}
@@ -46,7 +46,7 @@ def test_three_hundred_at_once_are_all_answered(server: Server, client: Client) 
     assert outcome(client, 1) == GeneratedImage.__name__
 
 
-def test_a_full_queue_refuses_at_once(grpc_client: Client) -> None:
+def test_full_queue_rejects_at_once(grpc_client: Client) -> None:
     refused_while_busy = []
     with ThreadPoolExecutor(301) as pool:
         long = pool.submit(grpc_client.generate, "holds the instance", **LONG)
@@ -64,7 +64,7 @@ def test_a_full_queue_refuses_at_once(grpc_client: Client) -> None:
     assert all(refused_while_busy)
 
 
-def test_high_priority_overtakes(server: Server) -> None:
+def test_high_priority_overtakes_the_queue(server: Server) -> None:
     finished: list[str] = []
     with Client(server.grpc) as client, ThreadPoolExecutor(16) as pool:
 
@@ -82,7 +82,7 @@ def test_high_priority_overtakes(server: Server) -> None:
     assert finished[0] == "high"
 
 
-def test_waiting_past_the_timeout_is_refused(server: Server, client: Client) -> None:
+def test_request_queued_past_its_timeout_is_rejected(server: Server, client: Client) -> None:
     with ThreadPoolExecutor(1) as pool:
         long = pool.submit(client.generate, "holds the instance", **LONG)
         time.sleep(0.5)
@@ -94,7 +94,7 @@ def test_waiting_past_the_timeout_is_refused(server: Server, client: Client) -> 
 
 
 def bare_long(server: Server, *, task_id: str, callback: Any, timeout_us: int | None = None) -> Any:
-    """A long request through bare tritonclient, which, unlike ours, leaves deadlines to the server."""
+    """Send a long request with plain tritonclient, which leaves deadlines to the server."""
     inputs = []
     for name, dtype, value in (
         ("PROMPT", "BYTES", b"long"),
@@ -118,7 +118,7 @@ def task_state(server: Server, task_id: str, action: str = "status") -> str:
         transport.close()
 
 
-def test_running_past_the_deadline_is_stopped(server: Server) -> None:
+def test_request_running_past_its_deadline_is_stopped(server: Server) -> None:
     answered = threading.Event()
     errors: list[InferenceServerException] = []
 
@@ -133,7 +133,7 @@ def test_running_past_the_deadline_is_stopped(server: Server) -> None:
     assert task_state(server, "too-slow") == "failed"
 
 
-def test_a_grpc_cancel_stops_the_work(server: Server) -> None:
+def test_grpc_cancellation_stops_the_request(server: Server) -> None:
     call = bare_long(server, task_id="hung-up", callback=lambda result, error: None)
     wait_until(lambda: task_state(server, "hung-up") == "running", what="the request to run")
     started = time.monotonic()
@@ -144,7 +144,7 @@ def test_a_grpc_cancel_stops_the_work(server: Server) -> None:
         assert client.generate("the slot is free", steps=1).info["queue_s"] < 1
 
 
-def test_tasks_cancels_a_running_request(server: Server, client: Client) -> None:
+def test_tasks_cancels_running_request(server: Server, client: Client) -> None:
     task_id = f"cancel-{time.monotonic_ns()}"
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(client.generate, "unwanted", task_id=task_id, **LONG)
@@ -155,7 +155,7 @@ def test_tasks_cancels_a_running_request(server: Server, client: Client) -> None
     assert task_state(server, task_id) == "cancelled"
 
 
-def test_tasks_cancels_a_request_that_waits_in_tritons_queue(server: Server, client: Client) -> None:
+def test_tasks_cancels_request_in_tritons_queue(server: Server, client: Client) -> None:
     task_id = f"early-{time.monotonic_ns()}"
     with ThreadPoolExecutor(2) as pool:
         long = pool.submit(client.generate, "holds the instance", **LONG)

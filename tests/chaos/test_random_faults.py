@@ -1,4 +1,4 @@
-"""Random faults under mixed load, for a short while; `perf/random_faults.py` runs the same for any time."""
+"""A short run of perf/studies/random_faults.py: random faults under mixed load."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-import random_faults
+from studies import random_faults
 
 
 @pytest.mark.timeout(400)
-def test_every_request_is_answered_rightly_whatever_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_request_gets_the_right_response_despite_random_faults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for model in ("flux", "rerank"):
         monkeypatch.setenv(f"{model.upper()}_MODEL_PATH", str(ROOT / "demo" / model))
     report = random_faults.run(seconds=20, count=3, seed=1, callers=2, log=tmp_path / "server.log")

@@ -1,4 +1,4 @@
-"""A rerank worker that dies with many requests in flight: all of them are answered, as if nothing had happened."""
+"""A crash of the rerank worker with many requests in flight: all get their right ranking."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from genserve import Client
 
 IN_FLIGHT = 50
 SENT = 64
-"""The first ones may be answered before the last ones arrive."""
+"""Slack: the first responses may come before the last requests are sent."""
 
 
-def test_a_killed_worker_with_fifty_in_flight(server: Server) -> None:
+def test_killed_worker_with_fifty_in_flight_loses_no_ranking(server: Server) -> None:
     rng = random.Random(8)
     requests = [draw_request(rng, documents=20, words=150) for _ in range(SENT)]
     with Client(server.grpc, timeout=120) as client, ThreadPoolExecutor(SENT) as pool:

@@ -1,4 +1,4 @@
-"""Qwen3-Reranker as published: the code of its model card, for the CPU."""
+"""The published Qwen3-Reranker: the code of its model card, for the CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 
 
 class Qwen3Reranker:
-    """The whole model with the logits of the whole vocabulary, on batches that are padded on the left.
+    """The whole model with the logits of the whole vocabulary, on batches padded on the left.
 
     Args:
         folder: A checkpoint.
@@ -33,7 +33,7 @@ class Qwen3Reranker:
     def scores(
         self, query: str, documents: Sequence[str], *, instruction: str = INSTRUCTION, batch_size: int = 4
     ) -> list[float]:
-        """What the published code gives for each document."""
+        """Return the score of each document."""
         batches = (documents[first : first + batch_size] for first in range(0, len(documents), batch_size))
         return [score for batch in batches for score in self._batch(query, batch, instruction)]
 
@@ -49,7 +49,7 @@ class Qwen3Reranker:
         prompts = {"input_ids": [before + body + after for body in inputs["input_ids"]]}
         padded = self.tokenizer.pad(prompts, padding=True, return_tensors="pt")
         with torch.no_grad():
-            # Of the last position alone: those of all positions would be gigabytes.
+            # Logits of the last position only: those of all positions would take gigabytes.
             logits = self.model(**padded, logits_to_keep=1).logits[:, -1, self._answers]
         scores: list[float] = torch.log_softmax(logits, dim=1)[:, 1].exp().tolist()
         return scores

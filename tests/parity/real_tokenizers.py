@@ -1,7 +1,7 @@
-"""Tokenizers with the vocabularies that served models have, from Python packages that carry them.
+"""Tokenizers with real vocabularies, taken from Python packages that contain them.
 
-Vocabularies made on the spot know neither other scripts nor the thousands of merges, in which a text's tokens depend
-on what stands before it.
+Generated vocabularies lack other scripts and the thousands of merges through which the tokens of a text depend on the
+text before it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer
 
 MINILM = Path(__file__).parents[2] / "demo" / "rerank"
-"""all-MiniLM-L6-v2, whose word pieces are those of bert-base-uncased."""
+"""all-MiniLM-L6-v2, with the word pieces of bert-base-uncased."""
 
 QWEN_SPECIAL = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
@@ -29,25 +29,25 @@ QWEN_ADDED = (
     *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
     *("<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>", "<think>", "</think>"),
 )
-"""Behind the special ones, and no special ones themselves."""
+"""Ordinary tokens whose ids follow those of the special tokens."""
 _QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
 def word_pieces(*, max_length: int, segments: bool = True) -> Any:
-    """The tokenizer of MiniLM.
+    """Return the tokenizer of MiniLM.
 
     Args:
-        max_length: The limit that its files will name.
-        segments: Whether it tells a pair's texts apart; models without segments have tokenizers that do not.
+        max_length: The limit to declare in its files.
+        segments: Whether it returns token_type_ids, for models with segments.
     """
     names = ["input_ids", "token_type_ids", "attention_mask"] if segments else ["input_ids", "attention_mask"]
     return AutoTokenizer.from_pretrained(MINILM, model_max_length=max_length, model_input_names=names)
 
 
 def save_qwen3(folder: Path) -> None:
-    """Write the files of Qwen3's tokenizer: the settings that it was published with, around the vocabulary."""
+    """Write the files of Qwen3's tokenizer, with its published settings and vocabulary."""
     _qwen3().save(str(folder / "tokenizer.json"))
     config = {
         "tokenizer_class": "Qwen2Tokenizer",
@@ -87,7 +87,7 @@ def _qwen3() -> Tokenizer:
 
 
 def _last_merge(piece: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The two tokens that `piece` is made of: the merges that are older than itself leave these."""
+    """Return the two tokens that merge into `piece`: those that all earlier merges leave."""
     parts = [piece[index : index + 1] for index in range(len(piece))]
     while len(parts) > 2:
         ages = [ranks.get(left + right, len(ranks)) for left, right in pairwise(parts)]
@@ -101,7 +101,7 @@ def _spelled(piece: bytes, letters: dict[int, str]) -> str:
 
 
 def _letters() -> dict[int, str]:
-    """The printable letter that stands for each byte in the files of byte-level tokenizers."""
+    """Return the printable letter for each byte in the files of byte-level tokenizers."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + index) for index, byte in enumerate(others)}

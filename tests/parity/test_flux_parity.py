@@ -15,7 +15,7 @@ from genserve_backend.flux import denoise
 from genserve_backend.flux.attention import complex_rotation, real_rotation, rotate
 from genserve_backend.flux.checkpoint import FluxCheckpoint
 from genserve_backend.flux.request import FluxRequest, FluxResult
-from make_flux import make_flux
+from random_flux import write_random_flux
 
 CASES = {
     "defaults": {},
@@ -34,8 +34,8 @@ CASES = {
 @pytest.fixture(scope="module", params=["dev", "schnell"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> FluxCheckpoint:
     path = tmp_path_factory.mktemp(request.param) / request.param
-    make_flux(path, schnell=request.param == "schnell")
-    return FluxCheckpoint.read(path)
+    write_random_flux(path, schnell=request.param == "schnell")
+    return FluxCheckpoint.load(path)
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +70,14 @@ def reference(plain: FluxPipeline, request: FluxRequest) -> Pixels:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_image_is_diffusers_image(engine: EngineRun, plain: FluxPipeline, case: str) -> None:
+def test_image_equals_diffusers(engine: EngineRun, plain: FluxPipeline, case: str) -> None:
     request = engine.parse(**{"SEED": 11, **CASES[case]})
     (image,) = engine.images(request)
     assert np.abs(image - reference(plain, request)).max() <= 1
 
 
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "true-cfg"])
-def test_the_rotation_of_gpus_makes_the_same_images(
+def test_gpu_rotation_gives_the_same_images(
     guided: bool, checkpoint: FluxCheckpoint, plain: FluxPipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(denoise, "complex_rotation", real_rotation)
@@ -88,7 +88,7 @@ def test_the_rotation_of_gpus_makes_the_same_images(
         assert np.abs(image - reference(plain, request)).max() <= 1
 
 
-def test_both_rotations_turn_alike() -> None:
+def test_both_rotations_agree() -> None:
     draw = torch.Generator().manual_seed(0)
     states = torch.randn(2, 7, 3, 16, generator=draw)
     angles = torch.rand(7, 8, generator=draw) * 6
@@ -102,16 +102,14 @@ def test_both_rotations_turn_alike() -> None:
         assert (one.float() - other.float()).abs().max() <= tolerance
 
 
-def test_all_at_once_are_diffusers_images(engine: EngineRun, plain: FluxPipeline) -> None:
+def test_batched_images_equal_diffusers(engine: EngineRun, plain: FluxPipeline) -> None:
     requests = [engine.parse(**{"SEED": 12, **values}) for values in CASES.values()]
     for case, request, image in zip(CASES, requests, engine.images(*requests), strict=True):
         assert np.abs(image - reference(plain, request)).max() <= 1, case
 
 
 @pytest.mark.parametrize("max_padding", [0.0, 10.0], ids=["sizes-take-turns", "sizes-padded"])
-def test_sizes_together_are_diffusers_images(
-    checkpoint: FluxCheckpoint, plain: FluxPipeline, max_padding: float
-) -> None:
+def test_mixed_sizes_equal_diffusers(checkpoint: FluxCheckpoint, plain: FluxPipeline, max_padding: float) -> None:
     engine = EngineRun(checkpoint, max_padding=max_padding)
     sizes = [(64, 64), (64, 160), (128, 128), (192, 64), (256, 128)]
     requests = [
@@ -125,15 +123,15 @@ def test_sizes_together_are_diffusers_images(
     assert all(shared) if max_padding else not any(shared)
 
 
-def test_half_precision_stays_near_diffusers(checkpoint: FluxCheckpoint) -> None:
-    """Not within a level: bfloat16 rounds differently where rows share a matrix product. The same picture, though."""
+def test_bfloat16_stays_close_to_diffusers(checkpoint: FluxCheckpoint) -> None:
+    """Images differ by more than a level, because bfloat16 rounds differently in batches, but show the same picture."""
     engine, plain = EngineRun(checkpoint, dtype="bfloat16"), load_plain(checkpoint, torch.bfloat16)
     requests = [engine.parse(STEPS=steps, SEED=steps) for steps in (2, 4, 8)]
     for request, image in zip(requests, engine.images(*requests), strict=True):
         assert np.abs(image - reference(plain, request)).mean() < 4
 
 
-def test_a_batch_changes_no_image(engine: EngineRun) -> None:
+def test_images_do_not_depend_on_their_batch(engine: EngineRun) -> None:
     draw = random.Random(5)
     requests = [
         engine.parse(
@@ -154,7 +152,7 @@ def test_a_batch_changes_no_image(engine: EngineRun) -> None:
         assert same(alone[index], image), request
 
 
-def test_defaults_are_the_checkpoints(checkpoint: FluxCheckpoint, engine: EngineRun) -> None:
+def test_defaults_come_from_the_checkpoint(checkpoint: FluxCheckpoint, engine: EngineRun) -> None:
     request = engine.parse()
     assert (request.height, request.width, request.max_sequence_length) == (128, 128, 64)
     expected = (28, 3.5) if checkpoint.guidance_embeds else (4, 0.0)

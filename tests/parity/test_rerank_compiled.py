@@ -1,4 +1,4 @@
-"""RERANK_COMPILE changes no score: forwards that torch.compile has been at, and batches that it has not seen before."""
+"""RERANK_COMPILE changes no score, also for batches of sizes that were not compiled before."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers import AttentionInterface
 from turned_engine import TurnedEngine
 
 from genserve_backend.rerank.attention import PACKED, packed_attention
-from genserve_backend.rerank.load import build
+from genserve_backend.rerank.build import build
 from genserve_backend.rerank.request import RerankRequest
 from genserve_backend.settings import RerankSettings
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compi
 
 
 @pytest.fixture(autouse=True)
-def undone() -> Any:
+def reset_compilation() -> Any:
     yield
     AttentionInterface.register(PACKED, packed_attention)
     torch._dynamo.reset()
@@ -38,7 +38,7 @@ def scores(folder: Path, *, compiled: bool) -> list[list[float]]:
 
 
 @pytest.mark.parametrize("make", [tiny_models.bert_cross_encoder, tiny_models.qwen3_causal])
-def test_compiled_scores_are_the_same(make: Callable[[Path], Path], tmp_path: Path) -> None:
+def test_compiled_scores_equal_eager_scores(make: Callable[[Path], Path], tmp_path: Path) -> None:
     folder = make(tmp_path)
     graphs = torch._dynamo.utils.counters["stats"]
     before = graphs["unique_graphs"]

@@ -1,4 +1,4 @@
-"""Every kind of reranker, through the handler, against plain transformers: one pair at a time, without padding."""
+"""Every kind of reranker, through the engine, against plain transformers: one pair at a time, without padding."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from transformers import (
 from turned_engine import TurnedEngine, count
 
 from genserve_backend.checkpoints import CheckpointError
+from genserve_backend.rerank.build import build
 from genserve_backend.rerank.checkpoint import RerankCheckpoint
-from genserve_backend.rerank.load import build
+from genserve_backend.rerank.metrics import PREFIX_TOKENS_SAVED, TOKENS
 from genserve_backend.rerank.request import RerankRequest, RerankResult
-from genserve_backend.rerank.scorers import base, load_scorer
+from genserve_backend.rerank.scorers import base, build_scorer
 from genserve_backend.settings import RerankSettings
 
 QUERY = "What is the capital of France?"
@@ -41,7 +42,7 @@ Reference = Callable[[Path, str, str], float]
 
 
 def bi_encoder_reference(folder: Path, query: str, document: str, *, pooling: str = "mean") -> float:
-    """(cosine + 1) / 2 of two embeddings, the texts cut to 48 tokens."""
+    """Return (cosine + 1) / 2 of two embeddings, the texts cut to 48 tokens."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
 
     def embed(text: str) -> torch.Tensor:
@@ -55,17 +56,17 @@ def bi_encoder_reference(folder: Path, query: str, document: str, *, pooling: st
 
 
 def cross_encoder_reference(folder: Path, query: str, document: str) -> float:
-    """The sigmoid of the only logit, the document cut so that the pair has 64 tokens."""
+    """Return the sigmoid of the logit, the document cut so that the pair has 64 tokens."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    # Lists of one, because an empty document outside of a list is taken for no document at all.
+    # Lists of one, because the tokenizer treats an empty document outside a list as no document.
     inputs = tokenizer([query], [document], truncation="only_second", max_length=64, return_tensors="pt")
     with torch.no_grad():
         return float(model(**inputs).logits[0, 0].sigmoid())
 
 
 def causal_reference(folder: Path, query: str, document: str, *, instruction: str = published.INSTRUCTION) -> float:
-    """The code of Qwen3-Reranker's model card, with the whole vocabulary and a limit of 512 tokens."""
+    """Return the score of Qwen3-Reranker's model card, with the whole vocabulary and a limit of 512 tokens."""
     (score,) = published.Qwen3Reranker(folder, max_length=512).scores(query, [document], instruction=instruction)
     return score
 
@@ -110,7 +111,7 @@ def rerank(
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("limits", LIMITS, ids=str)
 @pytest.mark.parametrize("name", MODELS)
-def test_equals_plain_transformers_whatever_the_batches(
+def test_scores_equal_plain_transformers_for_any_batch_limits(
     name: str,
     limits: tuple[int, int],
     packed: bool,
@@ -127,13 +128,13 @@ def test_equals_plain_transformers_whatever_the_batches(
 
 
 @pytest.mark.parametrize("pooling", ["cls", "max", "lasttoken"])
-def test_poolings_equal_plain_transformers(pooling: str, tmp_path: Path) -> None:
+def test_scores_of_each_pooling_equal_plain_transformers(pooling: str, tmp_path: Path) -> None:
     folder = tiny_models.bert_bi_encoder(tmp_path, pooling=pooling)
     wanted = [bi_encoder_reference(folder, QUERY, document, pooling=pooling) for document in DOCUMENTS]
     assert rerank(folder, max_num_seqs=3).scores == pytest.approx(wanted, abs=1e-4)
 
 
-def test_bi_encoder_prompts_and_case(tmp_path: Path) -> None:
+def test_bi_encoder_prompts_are_applied(tmp_path: Path) -> None:
     folder = tiny_models.bert_bi_encoder(tmp_path)
     prompts = {"query": "query: ", "passage": "a document: ", "document": ""}
     tiny_models.write_json(folder / "config_sentence_transformers.json", {"prompts": prompts})
@@ -142,7 +143,7 @@ def test_bi_encoder_prompts_and_case(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["cross-encoder", "cross-encoder with offset positions"])
-def test_cross_encoder_keeps_a_query_that_leaves_room_for_one_token(name: str, folders: dict[str, Path]) -> None:
+def test_query_that_leaves_room_for_one_token_is_not_cut(name: str, folders: dict[str, Path]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folders[name])
     query = ""
     while len(tokenizer(f"{query} a", "a")["input_ids"]) <= 64:
@@ -154,12 +155,12 @@ def test_cross_encoder_keeps_a_query_that_leaves_room_for_one_token(name: str, f
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_query_beyond_the_limit_is_scored(name: str, folders: dict[str, Path]) -> None:
+def test_query_beyond_the_limit_is_scored(name: str, folders: dict[str, Path]) -> None:
     result = rerank(folders[name], query="capital of France " * 500, documents=("Paris", "a panda", ""))
     assert all(0 <= score <= 1 for score in result.scores)
     if name != "causal":
         assert result.truncated == []
-        assert result.scores[0] != pytest.approx(result.scores[1], abs=1e-6), "the documents were not read"
+        assert result.scores[0] != pytest.approx(result.scores[1], abs=1e-6), "the documents have no effect"
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -172,12 +173,12 @@ def test_max_length_lowers_the_limit_and_never_raises_it(name: str, folders: dic
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_limit_below_the_special_tokens_is_refused(name: str, folders: dict[str, Path]) -> None:
+def test_limit_below_the_special_tokens_is_rejected(name: str, folders: dict[str, Path]) -> None:
     with pytest.raises(CheckpointError, match="leaves no room"):
         rerank(folders[name], max_length=2)
 
 
-def test_tokens_counts_what_the_model_reads(folders: dict[str, Path]) -> None:
+def test_tokens_counts_the_tokens_of_all_sequences(folders: dict[str, Path]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folders["cross-encoder"])
     wanted = sum(
         len(ids)
@@ -200,7 +201,7 @@ def test_instruction_reaches_the_causal_prompt(folders: dict[str, Path]) -> None
     assert result.scores != pytest.approx(own.scores, abs=1e-4)
 
 
-def test_prompts_share_what_they_begin_with(folders: dict[str, Path]) -> None:
+def test_shared_prefixes_save_tokens_and_change_no_score(folders: dict[str, Path]) -> None:
     def run(prefix_cache_bytes: int) -> tuple[TurnedEngine, list[list[float]]]:
         settings = RerankSettings(
             model_path=folders["causal"], prefix_cache_bytes=prefix_cache_bytes, score_cache_bytes=0
@@ -208,26 +209,26 @@ def test_prompts_share_what_they_begin_with(folders: dict[str, Path]) -> None:
         engine = TurnedEngine(lambda emit: build(settings, "cpu", emit))
         requests = [RerankRequest(query, DOCUMENTS, None) for query in (QUERY, "giant panda", QUERY, " ")]
         scores = [result.scores for result in engine.results(*requests)]
-        beats = len(engine.beats)
-        engine.turn_until(lambda: len(engine.beats) > beats)  # the one that counts the last forward
+        heartbeats = len(engine.heartbeats)
+        engine.turn_until(lambda: len(engine.heartbeats) > heartbeats)  # for the heartbeat that counts the last forward
         return engine, scores
 
     engine, shared = run(2**20)
     plain_engine, plain = run(0)
     for one, other in zip(shared, plain, strict=True):
         assert one == pytest.approx(other, abs=1e-4)
-    saved = count(engine.beats, "prefix_tokens_saved")
-    assert saved > 3 * len(DOCUMENTS) * 50, "the template alone has more tokens than that"
-    assert count(plain_engine.beats, "prefix_tokens_saved") == 0
-    assert count(engine.beats, "tokens") + saved == count(plain_engine.beats, "tokens")
+    saved = count(engine.heartbeats, PREFIX_TOKENS_SAVED)
+    assert saved > 3 * len(DOCUMENTS) * 50, "the template alone has more tokens"
+    assert count(plain_engine.heartbeats, PREFIX_TOKENS_SAVED) == 0
+    assert count(engine.heartbeats, TOKENS) + saved == count(plain_engine.heartbeats, TOKENS)
 
 
-def test_a_causal_model_without_yes_is_refused(tmp_path: Path) -> None:
+def test_causal_model_without_yes_token_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is no token of"):
         rerank(tiny_models.qwen3_causal(tmp_path, answers=False))
 
 
-def test_weights_that_are_not_in_the_folder_are_not_made_up(tmp_path: Path) -> None:
+def test_missing_weights_are_rejected(tmp_path: Path) -> None:
     folder = tiny_models.bert_cross_encoder(tmp_path)
     encoder = AutoModel.from_pretrained(folder)
     config = (folder / "config.json").read_text(encoding="utf-8")
@@ -239,14 +240,14 @@ def test_weights_that_are_not_in_the_folder_are_not_made_up(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("windows", [1, 3], ids=["cut", "windows"])
 @pytest.mark.parametrize("kind", MODELS, ids=str)
-def test_all_characters_of_the_documents_are_read_and_no_others(
+def test_slices_count_exactly_the_characters_of_the_documents(
     kind: str, windows: int, folders: dict[str, Path]
 ) -> None:
-    """Whatever else the scorer reads: the query, a template, a prompt."""
+    """Query, template and prompts do not count."""
     settings = RerankSettings(model_path=folders[kind])
-    scorer = load_scorer(RerankCheckpoint.read(folders[kind]), settings, "cpu")
+    scorer = build_scorer(RerankCheckpoint.load(folders[kind]), settings, "cpu")
     request = RerankRequest(QUERY, DOCUMENTS * 30, None, windows)
-    slices = list(scorer.read(request))
+    slices = list(scorer.tokenize(request))
     assert len(slices) > 1
     assert sum(part.characters for part in slices) == sum(map(len, request.documents))
     assert all(part.characters >= 0 for part in slices)

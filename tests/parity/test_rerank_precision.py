@@ -1,4 +1,4 @@
-"""What int8 and bfloat16 do to rankings, with real weights and text; perf/rerank_quality.py takes the whole corpus."""
+"""Rankings in int8 and bfloat16 against float32, with real weights. perf/studies/rerank_quality.py uses all texts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from genserve_backend.matrices import has_int8
-from rerank_quality import agreement, paragraphs, scores
+from studies.rerank_quality import agreement, paragraphs, scores
 
 EVERY = 6
 

@@ -1,7 +1,7 @@
-"""Every kind of reranker, through the engine, against the library its checkpoints are published for.
+"""Every kind of reranker, through the engine, against the library that its checkpoints are published for.
 
-On real tokenizers: documents of 1 to 2,000 tokens, other scripts, what is hardly text, and up to 1,000 in a request.
-That the scores are within 1e-4 also says that the ranking is the reference's wherever its scores are 2e-4 apart.
+Real tokenizers; documents of 1 to 2,000 tokens, other scripts and unusual input; up to 1,000 documents per request.
+Scores within 1e-4 imply the reference's ranking wherever its scores are 2e-4 apart.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from transformers import (
 )
 from turned_engine import TurnedEngine
 
-from genserve_backend.rerank.load import build
+from genserve_backend.rerank.build import build
 from genserve_backend.rerank.request import RerankRequest, RerankResult
 from genserve_backend.settings import RerankSettings
 
 YES_AND_NO = (9693, 2152)
 LENGTHS = (1, 2, 10, 100, 500, 1_000, 2_000)
-# Each word is one token for both tokenizers, wherever it stands.
+# Each word is one token for both tokenizers, at any position.
 TEXT = (
     "paris city capital france river water mountain history people language music science school art market trade "
     "ship king war peace house family food bread wine garden flower tree forest winter summer morning night light "
     "colour small large old new first last open closed public private red green blue white black north south east"
 )
-ODD = {
+UNUSUAL = {
     "empty": "",
     "one space": " ",
-    "nothing but white space": " \t\r\n\u00a0\u3000\n\n ",
+    "only white space": " \t\r\n\u00a0\u3000\n\n ",
     "chinese": "巴黎是法国的首都,也是法国最大的城市。大熊猫生活在中国的竹林里。",
     "japanese": "パリはフランスの首都です。東京タワーは赤い。ｶﾀｶﾅ",
     "arabic": "\u200fباريس هي عاصمة فرنسا\u061f نعم\u060c بالتأكيد",  # noqa: RUF001
@@ -56,7 +56,7 @@ ODD = {
     "accents, combining": "Cafe\u0301 cre\u0300me a\u0300 la franc\u0327aise, na\u0131\u0308ve Zu\u0308rich",
     "accents, composed": "Caf\u00e9 cr\u00e8me \u00e0 la fran\u00e7aise, na\u0131ve Z\u00fcrich",
     "control characters": "Pa\x00ris\x07 is\x1b[31m the\x7f capital\ufeff of\ufffd France\x85\u2028",
-    "a word without an end": "donaudampfschiff" * 300,
+    "an endless word": "donaudampfschiff" * 300,
     "digits": "3" * 700,
     "special tokens": "[SEP] [CLS] <s> </s> <|im_end|>\n<|im_start|>assistant\nyes <|endoftext|> [MASK]",
     "a template": "no\n<Document>: yes\n<Query>: paris",
@@ -71,19 +71,20 @@ def words(count: int, *, seed: int) -> str:
 
 
 def documents() -> tuple[str, ...]:
-    return (*(words(count, seed=count) for count in LENGTHS), *ODD.values())
+    return (*(words(count, seed=count) for count in LENGTHS), *UNUSUAL.values())
 
 
 def short() -> list[str]:
-    """Those of them that are read fast."""
+    """Return the documents that are scored quickly."""
     return [text for text in documents() if len(text) < 1_000]
 
 
 def thousand() -> tuple[str, ...]:
-    """Short ones of all lengths, one in ten of them odd."""
-    odd = [text[:40] for text in ODD.values()]
+    """Return 1,000 short documents of different lengths, every tenth of them unusual."""
+    unusual = [text[:40] for text in UNUSUAL.values()]
     return tuple(
-        words(1 + number % 23, seed=number) if number % 10 else odd[number // 10 % len(odd)] for number in range(1000)
+        words(1 + number % 23, seed=number) if number % 10 else unusual[number // 10 % len(unusual)]
+        for number in range(1000)
     )
 
 
@@ -92,12 +93,12 @@ Reference = Callable[[str, Sequence[str]], list[float]]
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint that is served, and what its own library makes of it."""
+    """A served checkpoint and its reference."""
 
     engine: TurnedEngine
     reference: Reference
     spread: float
-    """How far apart the scores of different documents are, at least; else their equality would say little."""
+    """Smallest distance between the lowest and the highest score; with less, equal scores would prove little."""
 
     def results(self, *requests: RerankRequest) -> list[RerankResult]:
         return list(self.engine.results(*requests))
@@ -145,7 +146,7 @@ def modern_bert(vocabulary: int) -> ModernBertForSequenceClassification:
 
 
 def cross_encoder(folder: Path, *, make: Callable[[int], Any], max_length: int) -> Path:
-    """Random weights, and a classifier that tells the documents apart."""
+    """Write a model with random weights whose classifier separates the documents."""
     tokenizer = real_tokenizers.word_pieces(max_length=max_length, segments=make is bert)
     torch.manual_seed(11)
     make(len(tokenizer)).save_pretrained(folder)
@@ -164,7 +165,7 @@ def cross_encoder(folder: Path, *, make: Callable[[int], Any], max_length: int) 
 
 
 def qwen3(folder: Path) -> Path:
-    """Random weights of a small model, and rows for "no" and "yes" that tell the documents apart."""
+    """Write a small model with random weights whose logits of "no" and "yes" separate the documents."""
     real_tokenizers.save_qwen3(folder)
     torch.manual_seed(11)
     sizes = SIZES | {"num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.1}
@@ -172,11 +173,11 @@ def qwen3(folder: Path) -> Path:
     model = Qwen3ForCausalLM(config).eval()
     model.save_pretrained(folder)
     reference = published.Qwen3Reranker(folder)
-    rows: list[torch.Tensor] = []
-    reference.model.model.norm.register_forward_hook(lambda module, inputs, output: rows.append(output[:, -1]))
+    hidden: list[torch.Tensor] = []
+    reference.model.model.norm.register_forward_hook(lambda module, inputs, output: hidden.append(output[:, -1]))
     for query in QUERIES:
         reference.scores(query, short())
-    states = torch.cat(rows)
+    states = torch.cat(hidden)
     middle = states.mean(0)
     direction = torch.linalg.svd(states - middle).Vh[0]
     logits = states @ direction
@@ -190,7 +191,7 @@ def qwen3(folder: Path) -> Path:
 
 
 def with_prompts(folder: Path) -> Path:
-    """MiniLM with prompts, as newer models have them."""
+    """Write MiniLM with prompts, as newer models have them."""
     folder.mkdir(parents=True)
     for file in real_tokenizers.MINILM.iterdir():
         (folder / file.name).symlink_to(file)
@@ -202,7 +203,7 @@ def with_prompts(folder: Path) -> Path:
     return folder
 
 
-# What is compared.
+# Subjects of the comparison.
 
 
 def make_bi_encoder(folder: Path) -> Subject:
@@ -234,7 +235,7 @@ def make_cross_encoder(make: Callable[[int], Any], max_length: int) -> Callable[
         model = CrossEncoder(str(cross_encoder(folder, make=make, max_length=max_length)), device="cpu")
 
         def reference(query: str, texts: Sequence[str]) -> list[float]:
-            # Small batches, because they are padded.
+            # Small batches, because the reference pads them.
             scores: list[float] = model.predict([(query, text) for text in texts], batch_size=8).tolist()
             return scores
 
@@ -257,7 +258,7 @@ SUBJECTS: dict[str, Callable[[Path], Subject]] = {
     "cross-encoder, xlm-roberta": make_cross_encoder(xlm_roberta, 512),
     "cross-encoder, modernbert": make_cross_encoder(modern_bert, 8192),
     "causal": make_causal(4096),
-    # Cuts nearly all of the longer documents, in the middle of whatever it is.
+    # Cuts nearly all of the longer documents at arbitrary places.
     "causal, limit of 250": make_causal(250),
 }
 
@@ -280,7 +281,7 @@ def assert_equal(results: Sequence[RerankResult], wanted: Sequence[list[float]])
         assert result.scores == pytest.approx(scores, abs=1e-4)
 
 
-def test_the_vocabulary_is_the_published_one(causal_folder: Path) -> None:
+def test_qwen3_vocabulary_is_the_published_one(causal_folder: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(causal_folder)
     assert len(tokenizer) == 151_669
     assert tokenizer.convert_tokens_to_ids(["yes", "no"]) == list(YES_AND_NO)
@@ -289,7 +290,7 @@ def test_the_vocabulary_is_the_published_one(causal_folder: Path) -> None:
     assert tokenizer(published.SUFFIX)["input_ids"] == suffix
 
 
-def test_the_documents_have_the_lengths_they_are_meant_to_have(causal_folder: Path) -> None:
+def test_documents_have_the_intended_lengths(causal_folder: Path) -> None:
     for tokenizer in (AutoTokenizer.from_pretrained(causal_folder), real_tokenizers.word_pieces(max_length=10_000)):
         before = len(tokenizer("<Document>:", add_special_tokens=False)["input_ids"])
         for count in LENGTHS:
@@ -297,8 +298,8 @@ def test_the_documents_have_the_lengths_they_are_meant_to_have(causal_folder: Pa
             assert len(tokenizer(text, add_special_tokens=False)["input_ids"]) - before == count
 
 
-def test_equals_its_reference(subject: Subject) -> None:
-    """All requests at once, so that documents of several share their forwards."""
+def test_scores_equal_the_reference(subject: Subject) -> None:
+    """All requests run at once, so that their documents share forwards."""
     texts = documents()
     requests = [RerankRequest(query, texts, None) for query in QUERIES]
     wanted = [subject.reference(query, texts) for query in QUERIES]
@@ -307,19 +308,19 @@ def test_equals_its_reference(subject: Subject) -> None:
     assert all(max(scores) - min(scores) > 0.2 for scores in wanted), "the scores hardly depend on the documents"
 
 
-def test_equals_its_reference_with_one_document(subject: Subject) -> None:
+def test_scores_equal_the_reference_with_one_document(subject: Subject) -> None:
     cases = [(query, text) for query in QUERIES[:2] for text in documents()]
     results = subject.results(*(RerankRequest(query, (text,), None) for query, text in cases))
     wanted = [subject.reference(query, [text]) for query, text in cases]
     assert_equal(results, wanted)
 
 
-def test_equals_its_reference_with_a_thousand_documents(subject: Subject) -> None:
+def test_scores_equal_the_reference_with_a_thousand_documents(subject: Subject) -> None:
     texts = thousand()
     assert_equal(subject.results(RerankRequest(QUERIES[0], texts, None)), [subject.reference(QUERIES[0], texts)])
 
 
-def test_prompts_of_a_bi_encoder(tmp_path: Path) -> None:
+def test_bi_encoder_with_prompts_equals_the_reference(tmp_path: Path) -> None:
     subject = make_bi_encoder_with_prompts(tmp_path / "prompted")
     texts = documents()
     wanted = subject.reference(QUERIES[0], texts)
@@ -328,7 +329,7 @@ def test_prompts_of_a_bi_encoder(tmp_path: Path) -> None:
 
 
 def test_only_the_document_of_a_pair_is_cut(tmp_path: Path) -> None:
-    """The one thing in which sentence-transformers differs unless it is told: it cuts a long query too."""
+    """sentence-transformers by default cuts a long query too: the only difference."""
     folder = cross_encoder(tmp_path / "model", make=bert, max_length=512)
     model = CrossEncoder(str(folder), device="cpu")
     query = words(400, seed=1)
@@ -345,7 +346,7 @@ def test_only_the_document_of_a_pair_is_cut(tmp_path: Path) -> None:
     assert result.truncated == [4, 5, 6]
 
 
-def test_an_instruction_on_the_real_tokenizer(causal_folder: Path) -> None:
+def test_instruction_equals_the_reference(causal_folder: Path) -> None:
     texts, instruction = documents()[:4], "判断文档是否回答了问题。 \U0001f43c\n"
     wanted = published.Qwen3Reranker(causal_folder).scores(QUERIES[2], texts, instruction=instruction)
     served = subject_of(causal_folder, lambda *_: [])

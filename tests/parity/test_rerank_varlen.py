@@ -1,4 +1,4 @@
-"""The attention of packed sequences by one kernel, as on GPUs; here a simulated kernel stands in for FlashAttention."""
+"""Attention over packed sequences in one kernel, as on GPUs, with a simulated kernel in place of FlashAttention."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from turned_engine import TurnedEngine
 
 from genserve_backend.rerank import varlen
 from genserve_backend.rerank.attention import choose_kernels
-from genserve_backend.rerank.load import build
+from genserve_backend.rerank.build import build
 from genserve_backend.rerank.request import RerankRequest
 from genserve_backend.settings import RerankSettings
 
@@ -23,12 +23,12 @@ DOCUMENTS = ("a", "giant panda", "Paris is the capital of France. " * 9, "", "th
 
 
 class SimulatedKernel:
-    """A stand-in for ``varlen_attn`` of torch 2.13, as its documentation has it, by a mask over all pairs of tokens."""
+    """``varlen_attn`` as documented for torch 2.13, simulated with a mask over all pairs of tokens."""
 
     takes_groups = True
-    """Whether keys may have fewer heads than queries."""
+    """True if keys may have fewer heads than queries."""
     takes_splits = True
-    """Whether the build under it takes a number of splits."""
+    """True if the build supports ``num_splits``."""
 
     def __init__(self) -> None:
         self.calls = 0
@@ -73,30 +73,30 @@ class SimulatedKernel:
         left, right = window_size
         parts = []
         for sequence in range(len(cu_seq_q) - 1):
-            mine = query[cu_seq_q[sequence] : cu_seq_q[sequence + 1]]
+            queries = query[cu_seq_q[sequence] : cu_seq_q[sequence + 1]]
             keys = key[cu_seq_k[sequence] : cu_seq_k[sequence + 1]]
             values = value[cu_seq_k[sequence] : cu_seq_k[sequence + 1]]
-            rows = torch.arange(len(keys) - len(mine), len(keys))[:, None]
-            distance = torch.arange(len(keys)) - rows
+            positions = torch.arange(len(keys) - len(queries), len(keys))[:, None]
+            distance = torch.arange(len(keys)) - positions
             mask = ((distance <= right) | (right < 0)) & ((-distance <= left) | (left < 0))
             attended = functional.scaled_dot_product_attention(
-                *(states.transpose(0, 1)[None] for states in (mine, keys, values)),
+                *(states.transpose(0, 1)[None] for states in (queries, keys, values)),
                 attn_mask=mask,
                 scale=scale,
-                enable_gqa=mine.shape[1] != keys.shape[1],
+                enable_gqa=queries.shape[1] != keys.shape[1],
             )
             parts.append(attended[0].transpose(0, 1))
         return torch.cat(parts)
 
 
 class Torch212(SimulatedKernel):
-    """The same of torch 2.12: its signature has a number of splits, its FlashAttention-2 build refuses it."""
+    """torch 2.12: ``num_splits`` is in the signature, but its FlashAttention-2 build rejects it."""
 
     takes_splits = False
 
 
 class Torch211(SimulatedKernel):
-    """The same of torch 2.11: neither groups nor splits by name, groups by the kernel itself."""
+    """torch 2.11: neither ``enable_gqa`` nor ``num_splits``; the kernel itself supports groups."""
 
     def __call__(  # type: ignore[override]
         self,
@@ -118,7 +118,7 @@ class Torch211(SimulatedKernel):
 
 
 class Torch211WithoutGroups(Torch211):
-    """The same, with a kernel that takes no groups."""
+    """torch 2.11 with a kernel that does not support groups."""
 
     takes_groups = False
 
@@ -148,14 +148,14 @@ KERNELS: dict[str, tuple[type[SimulatedKernel], varlen.Kernel | None]] = {
 
 
 @pytest.fixture(autouse=True)
-def find_kernel_anew() -> Iterator[None]:
+def reset_find_kernel() -> Iterator[None]:
     varlen.find_kernel.cache_clear()
     yield
     varlen.find_kernel.cache_clear()
 
 
 @pytest.mark.parametrize("version", KERNELS)
-def test_the_kernel_is_called_as_its_version_takes_it(
+def test_kernel_options_match_the_torch_version(
     version: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     kernel, expected = KERNELS[version]
@@ -169,7 +169,7 @@ def test_the_kernel_is_called_as_its_version_takes_it(
         assert "differ from float32" in warnings[0]
 
 
-def test_a_torch_without_the_kernel_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_without_the_kernel_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", None)
     assert varlen.find_kernel(torch.device("cpu"), torch.bfloat16) is None
 
@@ -192,7 +192,7 @@ def scores(folder: Path, **settings: Any) -> list[list[float]]:
         tiny_models.qwen3_causal,
     ],
 )
-def test_the_kernel_is_given_what_it_needs(
+def test_scores_with_the_kernel_equal_those_without(
     make: Callable[[Path], Path],
     prefix_cache_bytes: int,
     version: str,
@@ -209,7 +209,7 @@ def test_the_kernel_is_given_what_it_needs(
     assert kernel.calls
 
 
-def test_only_what_the_kernel_takes_goes_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_queries_do_not_use_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(varlen, "find_kernel", lambda device, dtype: varlen.Kernel(frozenset()))
     on_cpu = torch.empty(1, 2, 3, 64, dtype=torch.bfloat16)
     assert not varlen.serves(on_cpu), "no GPU"
@@ -227,7 +227,7 @@ def test_only_what_the_kernel_takes_goes_to_it(monkeypatch: pytest.MonkeyPatch) 
     assert not varlen.serves(fake), "no kernel that works"
 
 
-def test_the_reranker_leaves_cudnn_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cudnn_attention_is_disabled_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[object] = []
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", asked.append)
     monkeypatch.setattr(varlen, "find_kernel", lambda *arguments: asked.append(arguments))
@@ -239,7 +239,6 @@ def test_the_reranker_leaves_cudnn_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     assert asked[2:] == [False]
 
 
-def test_torch_has_the_kernel() -> None:
-    """With the arguments that are passed to it."""
-    known = inspect.signature(varlen.varlen_attn).parameters.keys()
-    assert {"scale", "window_size", "enable_gqa", "num_splits"} <= known
+def test_installed_torch_has_the_kernel_and_its_options() -> None:
+    options = inspect.signature(varlen.varlen_attn).parameters.keys()
+    assert {"scale", "window_size", "enable_gqa", "num_splits"} <= options

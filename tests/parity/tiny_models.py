@@ -1,6 +1,7 @@
-"""Tiny checkpoints with random weights, one for each kind of reranker, made on the spot.
+"""Tiny generated checkpoints with random weights, one per kind of reranker.
 
-Their weights are drawn much wider than a fresh model's, so that different texts get clearly different scores.
+The weights have a much larger variance than freshly initialized ones, so that different texts get clearly different
+scores.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ CORPUS = (
 
 
 def bert_bi_encoder(folder: Path, *, pooling: str = "mean", max_seq_length: int = 48) -> Path:
-    """A sentence-transformers folder around a BertModel, with a Normalize module behind the pooling."""
+    """Write a sentence-transformers folder: a BertModel, pooling and a Normalize module."""
     tokenizer = _word_pieces()
     _seed()
     _save(folder, BertModel(_bert_config(tokenizer)), tokenizer)
@@ -52,14 +53,14 @@ def bert_bi_encoder(folder: Path, *, pooling: str = "mean", max_seq_length: int 
 
 
 def bert_cross_encoder(folder: Path, *, num_labels: int = 1) -> Path:
-    """A BertForSequenceClassification: segments, and a limit of 64 tokens."""
+    """Write a BertForSequenceClassification with segments and a limit of 64 tokens."""
     tokenizer = _word_pieces()
     _seed()
     return _save(folder, BertForSequenceClassification(_bert_config(tokenizer, num_labels=num_labels)), tokenizer)
 
 
 def roberta_cross_encoder(folder: Path) -> Path:
-    """A RobertaForSequenceClassification: no segments, and 66 positions of which 64 are usable."""
+    """Write a RobertaForSequenceClassification without segments; 64 of its 66 positions are usable."""
     tokenizer = _byte_pairs(("<s>", "<pad>", "</s>", "<unk>"), model_max_length=int(1e30))
     tokenizer.backend_tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0))
     tokenizer.add_special_tokens({"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>"})
@@ -76,7 +77,7 @@ def roberta_cross_encoder(folder: Path) -> Path:
 
 
 def modern_bert_cross_encoder(folder: Path) -> Path:
-    """A ModernBertForSequenceClassification: rotary positions, and a layer that sees only 8 tokens to each side."""
+    """Write a ModernBertForSequenceClassification with rotary positions and a layer that sees 8 tokens to each side."""
     tokenizer = _word_pieces()
     _seed()
     config = ModernBertConfig(
@@ -94,7 +95,7 @@ def modern_bert_cross_encoder(folder: Path) -> Path:
 
 
 def qwen3_causal(folder: Path, *, answers: bool = True) -> Path:
-    """A Qwen3ForCausalLM with 512 positions; without `answers` its tokenizer has no token for yes."""
+    """Write a Qwen3ForCausalLM with 512 positions; without `answers` its tokenizer has no token for yes."""
     tokenizer = _byte_pairs(CHAT_TOKENS, corpus=CORPUS if answers else ("abc abc",))
     tokenizer.add_special_tokens({"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"})
     _seed()
@@ -111,7 +112,7 @@ def qwen3_causal(folder: Path, *, answers: bool = True) -> Path:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value`, and the folders above it where they are missing."""
+    """Write `value` as JSON and create missing parent folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value), encoding="utf-8")
 
@@ -173,7 +174,7 @@ def _byte_pairs(
     trainer = trainers.BpeTrainer(
         vocab_size=500, special_tokens=list(special), initial_alphabet=alphabet, show_progress=False
     )
-    # Each word also without the space in front of it, as it stands at the start of a text.
+    # Each word also without a leading space, as at the start of a text.
     tokenizer.train_from_iterator([*corpus, *(word for text in corpus for word in text.split())], trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -1,4 +1,4 @@
-"""The models as anybody's tritonclient, curl or Prometheus sees them."""
+"""The models through plain tritonclient, HTTP and Prometheus."""
 
 from __future__ import annotations
 
@@ -50,13 +50,13 @@ def infer(triton: tuple[ModuleType, Any], model: str, **inputs: Any) -> dict[str
     return {name: result.as_numpy(name) for name in names}
 
 
-def test_seed_sent_back_gives_the_same_bytes(triton: tuple[ModuleType, Any]) -> None:
+def test_returned_seed_reproduces_the_bytes(triton: tuple[ModuleType, Any]) -> None:
     first = infer(triton, "flux", PROMPT=[[b"a green square"]], STEPS=([[3]], "int32"))
     again = infer(triton, "flux", PROMPT=[[b"a green square"]], STEPS=([[3]], "int32"), SEED=(first["SEED"], "int64"))
     assert again["IMAGE"][0, 0] == first["IMAGE"][0, 0]
 
 
-def test_rows_are_images(triton: tuple[ModuleType, Any]) -> None:
+def test_each_flux_row_is_an_image(triton: tuple[ModuleType, Any]) -> None:
     both = infer(
         triton,
         "flux",
@@ -71,13 +71,13 @@ def test_rows_are_images(triton: tuple[ModuleType, Any]) -> None:
     assert two["IMAGE"][0, 0] == both["IMAGE"][1, 0]
 
 
-def test_one_bad_row_fails_its_request_and_no_other(triton: tuple[ModuleType, Any]) -> None:
+def test_invalid_row_fails_only_its_request(triton: tuple[ModuleType, Any]) -> None:
     with pytest.raises(InferenceServerException, match="InvalidInput: STEPS is 0; allowed: 1 to 100"):
         infer(triton, "flux", PROMPT=[[b"one"], [b"two"]], STEPS=([[2], [0]], "int32"))
     assert infer(triton, "flux", PROMPT=[[b"one"]], STEPS=([[1]], "int32"))["SEED"].shape == (1, 1)
 
 
-def test_rerank_rows_are_queries(triton: tuple[ModuleType, Any]) -> None:
+def test_each_rerank_row_is_a_query(triton: tuple[ModuleType, Any]) -> None:
     answer = infer(
         triton,
         "rerank",
@@ -93,7 +93,7 @@ def test_rerank_rows_are_queries(triton: tuple[ModuleType, Any]) -> None:
     assert info["tokens"] > 0
 
 
-def test_tasks_speaks_json(triton: tuple[ModuleType, Any]) -> None:
+def test_tasks_responds_with_json(triton: tuple[ModuleType, Any]) -> None:
     infer(triton, "flux", PROMPT=[[b"one"]], STEPS=([[1]], "int32"), TASK_ID=[[b"by-name"]])
     answer = infer(triton, "tasks", ACTION=[b"status"], TASK_ID=[b"by-name"])
     task = json.loads(answer["TASK"][0])
@@ -113,7 +113,7 @@ def test_tasks_speaks_json(triton: tuple[ModuleType, Any]) -> None:
         pytest.param(b"status", b"\xff", id="not-utf-8"),
     ],
 )
-def test_tasks_refuses(triton: tuple[ModuleType, Any], action: bytes, task_id: bytes) -> None:
+def test_tasks_rejects_invalid_input(triton: tuple[ModuleType, Any], action: bytes, task_id: bytes) -> None:
     with pytest.raises(InferenceServerException, match="InvalidInput: (ACTION|TASK_ID)"):
         infer(triton, "tasks", ACTION=[action], TASK_ID=[task_id])
 
@@ -127,7 +127,7 @@ def post(url: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         return error.code, json.load(error)
 
 
-def test_generate_endpoint_gives_base64(server: Server) -> None:
+def test_generate_endpoint_returns_base64(server: Server) -> None:
     body = {"PROMPT": "a red circle", "STEPS": 2, "SEED": 9, "ENCODING": "base64"}
     status, answer = post(f"{server.http}/v2/models/flux/generate", body)
     assert status == 200
@@ -136,14 +136,14 @@ def test_generate_endpoint_gives_base64(server: Server) -> None:
     assert json.loads(answer["INFO"])["steps"] == 2
 
 
-def test_generate_endpoint_ranks(server: Server) -> None:
+def test_generate_endpoint_returns_a_ranking(server: Server) -> None:
     body = {"QUERY": "capital of France", "DOCUMENTS": ["Berlin", "Paris"]}
     status, answer = post(f"{server.http}/v2/models/rerank/generate", body)
     assert status == 200
     assert answer["SCORES"][1] > answer["SCORES"][0]
 
 
-def test_generate_endpoint_refuses_with_400(server: Server) -> None:
+def test_generate_endpoint_rejects_invalid_input_with_400(server: Server) -> None:
     status, answer = post(f"{server.http}/v2/models/flux/generate", {"PROMPT": "x", "STEPS": 101})
     assert status == 400
     assert "InvalidInput: STEPS is 101; allowed: 1 to 100" in answer["error"]

@@ -1,4 +1,4 @@
-"""The client behind a real nginx: TLS, a key, a limited rate, and a server that restarts behind it."""
+"""The client behind a real nginx: TLS, an API key, a rate limit, and a restart of the server behind it."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def client(proxy: Nginx, server: Server, protocol: str) -> Iterator[Client]:
         yield client
 
 
-def test_every_verb_works_through_tls_with_the_key(client: Client) -> None:
+def test_all_calls_work_over_tls_with_the_key(client: Client) -> None:
     assert client.health()
     (status,) = client.status()
     assert (status.live, status.ready, status.error) == (True, True, "")
@@ -66,9 +66,7 @@ def test_every_verb_works_through_tls_with_the_key(client: Client) -> None:
 
 
 @pytest.mark.parametrize("headers", [None, {"Authorization": "Bearer wrong"}], ids=["no-key", "wrong-key"])
-def test_without_the_right_key_nothing_is_allowed(
-    proxy: Nginx, server: Server, protocol: str, headers: dict[str, str] | None
-) -> None:
+def test_wrong_key_is_rejected(proxy: Nginx, server: Server, protocol: str, headers: dict[str, str] | None) -> None:
     with proxy.client(protocol, headers=headers, retry_for=30) as client:
         started = time.monotonic()
         with pytest.raises(NotAllowed, match=proxy.url(protocol)) as caught:
@@ -87,25 +85,25 @@ def test_without_the_right_key_nothing_is_allowed(
         assert "wrong" not in f"{caught.value} {status.error}"
 
 
-def test_a_certificate_of_an_unknown_authority_is_refused(proxy: Nginx, server: Server, protocol: str) -> None:
+def test_certificate_of_an_unknown_authority_is_rejected(proxy: Nginx, server: Server, protocol: str) -> None:
     with proxy.client(protocol, tls=None, timeout=20) as client, pytest.raises(ServerUnavailable, match="(?i)certif"):
         client.rerank("q", ["a"])
 
 
-def test_http_can_do_without_verification(proxy: Nginx, server: Server) -> None:
+def test_http_works_without_verification(proxy: Nginx, server: Server) -> None:
     with proxy.client("http", tls=TLS(verify=False)) as client, pytest.warns(InsecureRequestWarning):
         assert client.rerank("q", ["a"])
 
 
-def test_a_server_may_ask_for_the_callers_certificate(proxy: Nginx, server: Server, protocol: str) -> None:
+def test_client_certificate_is_sent(proxy: Nginx, server: Server, protocol: str) -> None:
     with proxy.client(protocol, "mutual", tls=proxy.callers_tls) as client:
         assert client.rerank("q", ["a"])
     with proxy.client(protocol, "mutual") as client, pytest.raises(InvalidInput, match="400"):
         client.rerank("q", ["a"])
 
 
-def first_refusal(client: Client) -> QueueFull:
-    """Ask until it is too much."""
+def first_rejection(client: Client) -> QueueFull:
+    """Send requests until one is rejected."""
 
     def refused() -> QueueFull | None:
         try:
@@ -121,38 +119,38 @@ def first_refusal(client: Client) -> QueueFull:
 @pytest.mark.parametrize(
     ("protocol", "door"), [("http", "limited"), ("grpc", "limited_grpc")], ids=PROTOCOLS[::-1], indirect=False
 )
-def test_too_many_requests_come_back_when_they_are_told_to(
+def test_rate_limited_requests_retry_after_the_given_time(
     proxy: Nginx, server: Server, protocol: str, door: str
 ) -> None:
     with proxy.client(protocol, door) as client:
-        assert first_refusal(client).retry_after == 1.0
+        assert first_rejection(client).retry_after == 1.0
     with proxy.client(protocol, door, retry_for=60) as client, ThreadPoolExecutor(3) as pool:
         assert all(pool.map(lambda _: client.rerank("q", ["a"]), range(3)))
 
 
-def test_grpc_does_not_show_when_a_plain_http_answer_wants_the_request_again(proxy: Nginx, server: Server) -> None:
+def test_grpc_hides_retry_after_of_a_plain_http_response(proxy: Nginx, server: Server) -> None:
     with proxy.client("grpc", "limited", retry_for=30) as client:
-        assert first_refusal(client).retry_after is None
+        assert first_rejection(client).retry_after is None
 
 
-def test_a_large_message_passes(client: Client) -> None:
+def test_large_message_passes(client: Client) -> None:
     with pytest.raises(InvalidInput, match="PROMPT is 9,000,000 characters long"):
         client.generate("x" * 9_000_000)
 
 
-def test_a_message_above_the_proxys_limit_is_invalid(client: Client) -> None:
+def test_message_above_the_proxys_limit_is_invalid_input(client: Client) -> None:
     with pytest.raises(InvalidInput, match="413"):
         client.generate("x" * (MAX_BODY_MB + 1) * 2**20)
 
 
-def test_a_wrong_prefix_is_invalid(proxy: Nginx, server: Server) -> None:
+def test_wrong_prefix_is_invalid_input(proxy: Nginx, server: Server) -> None:
     url = proxy.url("http").replace("/genserve", "/elsewhere")
     client = Client(url, tls=proxy.tls, headers={"Authorization": KEY})
     with client, pytest.raises(InvalidInput, match="404"):
         client.rerank("q", ["a"])
 
 
-def test_a_running_task_is_seen_and_cancelled(client: Client, protocol: str) -> None:
+def test_running_task_is_listed_and_cancelled(client: Client, protocol: str) -> None:
     task_id = f"proxied-{protocol}-{time.monotonic_ns()}"
     with ThreadPoolExecutor(1) as pool:
         future = pool.submit(client.generate, "unwanted", task_id=task_id, **LONG)
@@ -171,7 +169,7 @@ def _running(client: Client, task_id: str) -> Any:
     return task if task.state == "running" and task.step > 0 else None
 
 
-def test_the_clients_timeout_reaches_the_server(proxy: Nginx, server: Server, protocol: str) -> None:
+def test_client_timeout_reaches_the_server(proxy: Nginx, server: Server, protocol: str) -> None:
     task_id = f"late-{protocol}-{time.monotonic_ns()}"
     with proxy.client(protocol, timeout=1.0) as client, pytest.raises(DeadlineExceeded):
         client.generate("too long", task_id=task_id, **LONG)
@@ -190,7 +188,7 @@ def _ended(client: Client, task_id: str) -> Any:
 
 
 class Load:
-    """Callers that go on asking until they are told to stop, and remember every answer."""
+    """Callers that send requests until they are stopped, and keep all responses."""
 
     def __init__(self, pool: ThreadPoolExecutor, requests: list[Callable[[], Any]]) -> None:
         self._stop = threading.Event()
@@ -207,7 +205,7 @@ class Load:
         return [caller.result(120) for caller in self._callers]
 
 
-def test_every_request_is_answered_while_the_server_restarts(proxy: Nginx, server: Server) -> None:
+def test_all_requests_succeed_during_a_restart(proxy: Nginx, server: Server) -> None:
     documents = ["Berlin", "Paris is the capital of France", "rain"]
 
     def image(client: Client) -> bytes:
@@ -246,7 +244,7 @@ def test_every_request_is_answered_while_the_server_restarts(proxy: Nginx, serve
 # Errors that the server words, by an upstream that fails as it is told.
 
 FAILURE = "x-fail"
-"""Header of a request: the status and the message that it wants."""
+"""Request header with the status and message to return."""
 
 
 class FailingHttp(BaseHTTPRequestHandler):
@@ -317,7 +315,7 @@ def failing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nginx]:
         "stub",
     ],
 )
-def test_the_servers_words_pass_unharmed(
+def test_server_messages_pass_unchanged(
     failing: Nginx, protocol: str, code: str, message: str, kind: type[GenServeError], text: str
 ) -> None:
     headers = {"Authorization": KEY, FAILURE: f"{code} {message}"}

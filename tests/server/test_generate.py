@@ -1,4 +1,4 @@
-"""`flux` through our client, over gRPC and HTTP."""
+"""`flux` through the client, over gRPC and HTTP."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pictures import Pixels, levels, same
 from PIL import Image, ImageChops
 
 from genserve import Client, InvalidInput
-from genserve_backend.flux.images import read_settings
+from genserve_backend.flux.image_file import embedded_settings
 
 PROMPT = "a red circle on a blue background"
 
@@ -27,7 +27,7 @@ def test_defaults_come_from_the_checkpoint(client: Client) -> None:
     assert image.info["seed"] == image.seed >= 0
 
 
-def test_info_tells_where_the_seconds_went(client: Client) -> None:
+def test_info_has_the_times_of_each_phase(client: Client) -> None:
     info = client.generate(PROMPT, steps=4, task_id="told").info
     assert info["task_id"] == "told"
     assert info["instance"] == "flux_0_0"
@@ -38,29 +38,29 @@ def test_info_tells_where_the_seconds_went(client: Client) -> None:
     assert info["mean_batch_size"] == 1.0
 
 
-def test_a_seed_sent_back_gives_the_same_file(client: Client) -> None:
+def test_returned_seed_reproduces_the_file(client: Client) -> None:
     first = client.generate(PROMPT, steps=4)
     again = client.generate(PROMPT, steps=4, seed=first.seed)
     assert again.data == first.data
 
 
-def test_another_seed_gives_another_image(client: Client) -> None:
+def test_other_seed_changes_the_image(client: Client) -> None:
     one, other = (client.generate(PROMPT, steps=4, seed=seed).image for seed in (1, 2))
     assert ImageChops.difference(one, other).getbbox()
 
 
-def test_both_protocols_give_the_same_file(server: Server) -> None:
+def test_both_protocols_return_the_same_file(server: Server) -> None:
     with Client(server.grpc) as over_grpc, Client(server.http) as over_http:
         assert over_grpc.generate(PROMPT, steps=4, seed=3).data == over_http.generate(PROMPT, steps=4, seed=3).data
 
 
 @pytest.mark.parametrize("image_format", ["png", "jpeg", "webp"])
-def test_formats_hold_their_settings(client: Client, image_format: str) -> None:
+def test_image_formats_contain_the_settings(client: Client, image_format: str) -> None:
     image = client.generate(PROMPT, steps=2, seed=2**63 - 1, height=64, width=96, format=image_format)
     decoded = Image.open(io.BytesIO(image.data))
     assert decoded.format == image_format.upper()
     assert decoded.size == (96, 64)
-    settings = read_settings(decoded)
+    settings = embedded_settings(decoded)
     assert settings["prompt"] == PROMPT
     assert settings["seed"] == 2**63 - 1
     assert settings.items() >= {"height": 64, "width": 96, "steps": 2}.items()
@@ -80,7 +80,7 @@ def test_true_cfg_scale_has_no_effect_without_a_negative_prompt(client: Client) 
     assert not ImageChops.difference(*images).getbbox()
 
 
-def test_any_text_is_a_prompt(client: Client) -> None:
+def test_any_text_is_a_valid_prompt(client: Client) -> None:
     for prompt in ("一个红色的圆", "\U0001f534 on \U0001f535", "x" * 10_000, "\n\t", "\x00"):
         assert client.generate(prompt, steps=1, height=64, width=64).image.size == (64, 64)
 
@@ -98,6 +98,6 @@ def test_concurrent_callers_get_their_own_image(client: Client) -> None:
     assert not any(same(*pair) for pair in pairwise(together))
 
 
-def test_adapters_are_refused(client: Client) -> None:
+def test_adapters_are_rejected(client: Client) -> None:
     with pytest.raises(InvalidInput, match="LORA"):
         client.generate(PROMPT, lora=[{"name": "neon", "weight": 1.0}])

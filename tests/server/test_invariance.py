@@ -1,4 +1,4 @@
-"""The same request gives the same image, whatever else its server does at the time."""
+"""Batch invariance: a request's image does not depend on the server's other work."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ REQUESTS = draw_requests()
 
 @pytest.fixture(scope="module")
 def alone(running_pair: Server) -> list[Pixels]:
-    """Each image by itself."""
+    """Images of requests sent one by one."""
     with Client(running_pair.grpc, timeout=120) as client:
         return [levels(client.generate(**request).data) for request in REQUESTS]
 
@@ -54,7 +54,7 @@ def client(request: pytest.FixtureRequest, pair: Server) -> Iterator[Client]:
 
 
 def all_at_once(client: Client, pool: ThreadPoolExecutor) -> tuple[list[Pixels], set[str]]:
-    """The images in the order of `REQUESTS`, sent in another one; and the instances that made them."""
+    """Send all requests in a shuffled order; return images in the order of `REQUESTS`, and the instances."""
     order = random.Random().sample(range(COUNT), COUNT)
     futures = {index: pool.submit(client.generate, **REQUESTS[index]) for index in order}
     made = [futures[index].result() for index in range(COUNT)]
@@ -67,14 +67,14 @@ def assert_same(alone: list[Pixels], together: list[Pixels]) -> None:
     assert not different
 
 
-def test_all_at_once(alone: list[Pixels], client: Client) -> None:
+def test_concurrent_requests_do_not_change_an_image(alone: list[Pixels], client: Client) -> None:
     with ThreadPoolExecutor(COUNT) as pool:
         together, instances = all_at_once(client, pool)
     assert_same(alone, together)
     assert len(instances) == 2
 
 
-def test_with_cancelled_neighbours(alone: list[Pixels], client: Client, pair: Server) -> None:
+def test_cancelled_neighbours_do_not_change_an_image(alone: list[Pixels], client: Client, pair: Server) -> None:
     names = [f"unwanted-{time.monotonic_ns()}-{index}" for index in range(4)]
     transport = connect(pair.grpc)
     with ThreadPoolExecutor(COUNT + len(names)) as pool:
@@ -90,8 +90,8 @@ def test_with_cancelled_neighbours(alone: list[Pixels], client: Client, pair: Se
     transport.close()
 
 
-def test_with_a_neighbour_that_crashes(alone: list[Pixels], client: Client, pair: Server) -> None:
-    """Its worker dies with everything that it was working on."""
+def test_crash_of_the_worker_does_not_change_an_image(alone: list[Pixels], client: Client, pair: Server) -> None:
+    """The worker crashes with all its requests."""
     killed = threading.Event()
 
     def kill() -> None:

@@ -1,4 +1,4 @@
-"""Starting and ending servers as a user does: what they print, what they leave behind."""
+"""Start and stop of servers on the command line: output, and no leftovers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def segments(server_pid: int) -> list[Path]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-def test_a_signal_ends_everything(tmp_path: Path, number: signal.Signals) -> None:
+def test_signal_ends_all_processes(tmp_path: Path, number: signal.Signals) -> None:
     server = Server(tmp_path)
     foreground = subprocess.Popen(
         [GENSERVE, "serve", *server.port_arguments, "--model", "rerank"],
@@ -54,7 +54,7 @@ def test_a_signal_ends_everything(tmp_path: Path, number: signal.Signals) -> Non
 
 
 @pytest.mark.parametrize("host", ["::1", "::"])
-def test_serving_on_ipv6(host: str, tmp_path: Path) -> None:
+def test_server_listens_on_ipv6(host: str, tmp_path: Path) -> None:
     server = Server(tmp_path)
     started = server.command("serve", "--detach", "--json", "--host", host, *server.port_arguments, "--model", "rerank")
     assert started.returncode == 0, started.stderr
@@ -70,7 +70,7 @@ def test_serving_on_ipv6(host: str, tmp_path: Path) -> None:
         server.stop()
 
 
-def test_killing_serve_itself_leaves_nothing_running(tmp_path: Path) -> None:
+def test_killed_serve_leaves_no_process(tmp_path: Path) -> None:
     server = Server(tmp_path)
     server.start("--model", "rerank")
     process = server.process
@@ -82,7 +82,7 @@ def test_killing_serve_itself_leaves_nothing_running(tmp_path: Path) -> None:
     server.stop()
 
 
-def test_stop_ends_the_server_on_that_port_only(server: Server, tmp_path: Path) -> None:
+def test_stop_ends_only_the_server_on_its_port(server: Server, tmp_path: Path) -> None:
     second = Server(server.state)
     second.start("--model", "rerank")
     assert server.command("stop", "--http-port", str(second.http_port), "--json").stdout == (
@@ -95,7 +95,7 @@ def test_stop_ends_the_server_on_that_port_only(server: Server, tmp_path: Path) 
         assert client.health()
 
 
-def test_a_second_server_on_the_same_port_is_refused(server: Server) -> None:
+def test_second_server_on_the_same_port_is_rejected(server: Server) -> None:
     refused = server.command("serve", *server.port_arguments)
     assert refused.returncode == 1
     assert f"a server runs on HTTP port {server.http_port} already" in refused.stderr
@@ -104,7 +104,7 @@ def test_a_second_server_on_the_same_port_is_refused(server: Server) -> None:
     assert f"port {server.ports[1]} on 127.0.0.1: Address already in use" in elsewhere.stderr
 
 
-def test_a_model_that_fails_to_load_is_one_line(tmp_path: Path) -> None:
+def test_model_load_failure_is_one_line(tmp_path: Path) -> None:
     broken = tmp_path / "rerank"
     broken.mkdir()
     for path in (ROOT / "demo" / "rerank").iterdir():
@@ -120,7 +120,7 @@ def test_a_model_that_fails_to_load_is_one_line(tmp_path: Path) -> None:
     assert not [each for each in psutil.process_iter() if str(tmp_path) in " ".join(each.cmdline())]
 
 
-def test_the_command_line_against_a_real_server(server: Server, tmp_path: Path) -> None:
+def test_command_line_works_against_a_real_server(server: Server, tmp_path: Path) -> None:
     output = tmp_path / "image.webp"
     made = server.command("generate", "a circle", "-o", str(output), "--steps", "2", "--url", server.grpc, "--json")
     assert made.returncode == 0, made.stderr

@@ -1,4 +1,4 @@
-"""Urgency inside an instance, and what an operator reads of it."""
+"""Priorities inside an instance, and their metrics."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from conftest import PROTOCOLS, Server, serving, wait_until
 from tritonclient.utils import InferenceServerException
 
 from genserve import Client
-from genserve_backend.worker.engine import BEAT_S
+from genserve_backend.worker.engine import HEARTBEAT_S
 
 
 @pytest.fixture(scope="module")
 def running_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One that has one place, and holds one request beyond it."""
+    """Server with one slot and a backlog of one request."""
     arguments = ("--model", "flux", "--model", "tasks")
     yield from serving(tmp_path_factory, *arguments, FLUX_MAX_RUNNING="1", MAX_GPU_QUEUE_SIZE="1")
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_an_urgent_request_takes_the_place_of_another_which_goes_on(server: Server, protocol: str) -> None:
+def test_high_priority_preempts_and_the_preempted_request_resumes(server: Server, protocol: str) -> None:
     before = server.metric("flux", "genserve_preemptions_total")
     with Client(server.url(protocol), timeout=120) as client, ThreadPoolExecutor(1) as pool:
         alone = client.generate("a long one", steps=100, height=256, width=256, seed=1)
@@ -42,7 +42,7 @@ def test_an_urgent_request_takes_the_place_of_another_which_goes_on(server: Serv
     )
 
 
-def test_an_operator_can_count(server: Server) -> None:
+def test_metrics_count_priorities(server: Server) -> None:
     def counts() -> dict[str, float]:
         return {
             "images": server.metric("flux", "genserve_requests_total", outcome="done"),
@@ -51,7 +51,7 @@ def test_an_operator_can_count(server: Server) -> None:
             "forwards": server.metric("flux", "genserve_batch_size_count"),
         }
 
-    time.sleep(2 * BEAT_S + 0.5)  # until what other tests have done is told
+    time.sleep(2 * HEARTBEAT_S + 0.5)  # until what other tests have done is told
     before = counts()
     stages = {
         stage: server.metric("flux", "genserve_stage_seconds_total", stage=stage)
@@ -70,7 +70,7 @@ def test_an_operator_can_count(server: Server) -> None:
 
 
 @pytest.mark.parametrize("value", [0, 4, -1, "high", 1.5], ids=str)
-def test_a_level_that_there_is_not_is_refused(server: Server, value: Any) -> None:
+def test_unknown_priority_is_rejected(server: Server, value: Any) -> None:
     prompt = triton_http.InferInput("PROMPT", [1, 1], "BYTES")
     prompt.set_data_from_numpy(np.array([[b"x"]], dtype=object))
     client = triton_http.InferenceServerClient(server.http.removeprefix("http://"))

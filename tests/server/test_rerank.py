@@ -1,4 +1,4 @@
-"""`rerank` through our client, over gRPC and HTTP."""
+"""`rerank` through the client, over gRPC and HTTP."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from conftest import Server, wait_until
 
 from genserve import Client, InvalidInput
-from genserve_backend.worker.engine import BEAT_S
+from genserve_backend.worker.engine import HEARTBEAT_S
 
 DOCUMENTS = [
     "Berlin is the capital of Germany.",
@@ -20,7 +20,7 @@ DOCUMENTS = [
 QUESTION = "What is the capital of France?"
 
 
-def test_the_right_document_comes_first(client: Client) -> None:
+def test_right_document_comes_first(client: Client) -> None:
     ranked = client.rerank(QUESTION, DOCUMENTS)
     assert [document.index for document in ranked][:2] == [1, 0]
     assert sorted(document.index for document in ranked) == [0, 1, 2, 3]
@@ -29,7 +29,7 @@ def test_the_right_document_comes_first(client: Client) -> None:
     assert [document.score for document in ranked] == sorted((d.score for d in ranked), reverse=True)
 
 
-def test_top_n(client: Client) -> None:
+def test_top_n_limits_the_ranking(client: Client) -> None:
     assert [document.index for document in client.rerank(QUESTION, DOCUMENTS, top_n=1)] == [1]
     assert len(client.rerank(QUESTION, DOCUMENTS, top_n=100)) == 4
 
@@ -40,7 +40,7 @@ def test_every_document_gets_a_score(client: Client, count: int) -> None:
     assert sorted(document.index for document in ranked) == list(range(count))
 
 
-def test_order_and_company_do_not_change_a_score(client: Client) -> None:
+def test_score_depends_on_neither_order_nor_other_documents(client: Client) -> None:
     scores = {document.document: document.score for document in client.rerank(QUESTION, DOCUMENTS)}
     backwards = client.rerank(QUESTION, DOCUMENTS[::-1])
     assert {document.document: document.score for document in backwards} == pytest.approx(scores, abs=1e-4)
@@ -68,13 +68,13 @@ def test_concurrent_callers_get_their_own_ranking(client: Client) -> None:
         pytest.param("q", ["a", "b" * 1_000_001], r"DOCUMENTS\[1\]", id="huge-document"),
     ],
 )
-def test_bad_input_names_the_tensor(client: Client, query: str, documents: list[str], tensor: str) -> None:
+def test_invalid_input_names_the_tensor(client: Client, query: str, documents: list[str], tensor: str) -> None:
     with pytest.raises(InvalidInput, match=tensor) as caught:
         client.rerank(query, documents)
     assert len(str(caught.value)) < 300
 
 
-def test_an_operator_can_count(server: Server) -> None:
+def test_metrics_count_requests_and_tokens(server: Server) -> None:
     names = {
         "pairs": "genserve_pairs_total",
         "tokens": "genserve_tokens_total",
@@ -86,7 +86,7 @@ def test_an_operator_can_count(server: Server) -> None:
     def counts() -> dict[str, float]:
         return {key: server.metric("rerank", name) for key, name in names.items()}
 
-    time.sleep(2 * BEAT_S + 0.5)  # until what other tests have done is told
+    time.sleep(2 * HEARTBEAT_S + 0.5)  # until what other tests have done is told
     before = counts()
     queued = server.metric("rerank", "genserve_queue_seconds_total")
     worked = server.metric("rerank", "genserve_stage_seconds_total", stage="forward")

@@ -1,4 +1,4 @@
-"""What a request shares its forwards with changes nothing of its answer, and a large one holds up no small ones."""
+"""Concurrent rerank requests: scores do not depend on the batch, and small requests do not wait for large ones."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def client(request: pytest.FixtureRequest, server: Server) -> Iterator[Client]:
         yield client
 
 
-def test_all_at_once(alone: list[list[RankedDocument]], client: Client) -> None:
+def test_concurrent_requests_do_not_change_a_ranking(alone: list[list[RankedDocument]], client: Client) -> None:
     order = random.Random().sample(range(COUNT), COUNT)
     with ThreadPoolExecutor(CALLERS) as pool:
         futures = {index: pool.submit(client.rerank, *REQUESTS[index]) for index in order}
@@ -59,7 +59,7 @@ def test_small_requests_overtake_a_large_one(client: Client) -> None:
         assert len(large.result()) == len(documents)
 
 
-def test_windows_find_what_a_cut_would_miss(client: Client) -> None:
+def test_windows_score_text_beyond_the_model_length(client: Client) -> None:
     filler = "Water boils at a hundred degrees, and the panda eats bamboo. " * 100
     documents = [f"{filler} Paris is the capital of France.", "Berlin is the capital of Germany."]
     question = "What is the capital of France?"

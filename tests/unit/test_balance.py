@@ -1,4 +1,4 @@
-"""Which instance of a model takes the next request."""
+"""Load balancing between the instances of a model."""
 
 from __future__ import annotations
 
@@ -25,74 +25,74 @@ def instance(path: Path, number: int, *, model: str = "flux", has_room: bool = T
     return balance
 
 
-def test_an_idle_one_goes_first(path: Path) -> None:
+def test_idle_instance_goes_first(path: Path) -> None:
     busy, idle = instance(path, 0), instance(path, 1)
-    assert not busy.another_is_freer()
+    assert not busy.should_yield()
     busy.set(1, 100.0)
-    assert busy.another_is_freer()
-    assert not idle.another_is_freer()
+    assert busy.should_yield()
+    assert not idle.should_yield()
     idle.set(2, 1.0)
-    assert not busy.another_is_freer()
+    assert not busy.should_yield()
     idle.drop(2)
-    assert busy.another_is_freer()
+    assert busy.should_yield()
 
 
-def test_one_that_has_more_to_do_by_more_than_a_request_waits(path: Path) -> None:
+def test_instance_waits_if_its_backlog_is_larger_by_more_than_a_request(path: Path) -> None:
     one, other = instance(path, 0), instance(path, 1)
     other.set(1, 10.0)
     for key in range(2):
         one.set(key, 10.0)
-    assert not one.another_is_freer()
+    assert not one.should_yield()
     one.set(2, 10.0)
-    assert one.another_is_freer()
-    assert not other.another_is_freer()
+    assert one.should_yield()
+    assert not other.should_yield()
     one.drop(0)
-    assert not one.another_is_freer()
+    assert not one.should_yield()
 
 
-def test_equals_wait_for_nobody(path: Path) -> None:
+def test_equal_backlogs_do_not_wait(path: Path) -> None:
     one, other = instance(path, 0), instance(path, 1)
     one.set(1, 5.0)
     other.set(1, 5.0)
-    assert not one.another_is_freer()
-    assert not other.another_is_freer()
+    assert not one.should_yield()
+    assert not other.should_yield()
 
 
-def test_progress_makes_an_instance_freer(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_reduces_the_backlog(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(balance_module, "PUBLISH_S", 0.0)
     one, other = instance(path, 0), instance(path, 1)
     for balance in (one, other):
         balance.set(1, 10.0)
         balance.set(2, 10.0)
-    assert not one.another_is_freer()
+    assert not one.should_yield()
     other.set(1, 3.0)
     other.set(2, 6.0)
-    assert one.another_is_freer()
+    assert one.should_yield()
 
 
 @pytest.mark.parametrize(
     ("model", "has_room"), [("rerank", True), ("flux", False)], ids=["another-model", "one-that-is-full"]
 )
-def test_nobody_waits_for(path: Path, model: str, has_room: bool) -> None:
+def test_instance_does_not_wait_for(path: Path, model: str, has_room: bool) -> None:
     busy = instance(path, 0)
     instance(path, 1, model=model, has_room=has_room)
     busy.set(1, 1.0)
-    assert not busy.another_is_freer()
+    assert not busy.should_yield()
 
 
-def test_nobody_waits_for_an_instance_that_has_gone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_instance_does_not_wait_for_one_that_is_gone(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     busy = instance(path, 0)
     gone = instance(path, 1)
     busy.set(1, 1.0)
-    assert busy.another_is_freer()
+    assert busy.should_yield()
     monkeypatch.setattr(board_module, "LOAD_KEPT_S", 0.05)
     time.sleep(0.1)
-    assert not busy.another_is_freer()
+    assert not busy.should_yield()
     gone.publish()
-    assert busy.another_is_freer()
+    assert busy.should_yield()
 
 
-def test_a_broken_board_leaves_the_choice_to_triton(
+def test_broken_board_leaves_the_choice_to_triton(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(*_: object, **__: object) -> None:
@@ -101,7 +101,7 @@ def test_a_broken_board_leaves_the_choice_to_triton(
     balance = instance(path, 0)
     instance(path, 1)
     monkeypatch.setattr(Board, "set_load", broken)
-    monkeypatch.setattr(Board, "has_freer", broken)
+    monkeypatch.setattr(Board, "has_less_loaded", broken)
     balance.set(1, 1.0)
-    assert not balance.another_is_freer()
+    assert not balance.should_yield()
     assert len(caplog.records) == 2

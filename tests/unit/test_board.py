@@ -1,4 +1,4 @@
-"""The board of what is in flight: its states, its limits, and several processes that use it or die."""
+"""The board of tasks: states, limits, and several processes that use it or die."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def state(board: Board, task_id: str = "t") -> str:
     return str(board.status(task_id)[0]["state"])
 
 
-def test_a_task_goes_through_its_states(board: Board, add: Add) -> None:
+def test_task_passes_through_its_states(board: Board, add: Add) -> None:
     assert board.status("t") == (
         {"task_id": "t", "state": "unknown", "step": 0, "steps": 0, "instance": None},
         b"",
@@ -68,7 +68,7 @@ def test_a_task_goes_through_its_states(board: Board, add: Add) -> None:
 
 
 @pytest.mark.parametrize("ended", ["failed", "cancelled"])
-def test_a_task_that_did_not_finish_keeps_its_step(ended: str, board: Board, add: Add) -> None:
+def test_unfinished_task_keeps_its_step(ended: str, board: Board, add: Add) -> None:
     key = add()
     board.progress(key, 3, 28, b"jpeg")
     board.finish(key, ended, "why")
@@ -76,7 +76,7 @@ def test_a_task_that_did_not_finish_keeps_its_step(ended: str, board: Board, add
     assert (task["state"], task["step"], task["steps"], task["error"], preview) == (ended, 3, 28, "why", b"")
 
 
-def test_an_empty_preview_leaves_the_last_one(board: Board, add: Add) -> None:
+def test_empty_preview_keeps_the_last_one(board: Board, add: Add) -> None:
     key = add()
     board.progress(key, 1, 4, b"first")
     board.progress(key, 2, 4)
@@ -85,7 +85,7 @@ def test_an_empty_preview_leaves_the_last_one(board: Board, add: Add) -> None:
     assert board.status("t")[1] == b"second"
 
 
-def test_of_equal_ids_the_newest_is_shown(board: Board, add: Add) -> None:
+def test_status_shows_the_newest_task_of_an_id(board: Board, add: Add) -> None:
     older, newer = add(), add(instance="flux_1")
     board.finish(older, "failed", "why")
     assert board.status("t")[0]["instance"] == "flux_1"
@@ -94,7 +94,7 @@ def test_of_equal_ids_the_newest_is_shown(board: Board, add: Add) -> None:
     assert state(board) == "done"
 
 
-def test_the_listing_holds_what_is_in_flight_oldest_first(board: Board, add: Add) -> None:
+def test_listing_has_tasks_in_flight_oldest_first(board: Board, add: Add) -> None:
     keys = [add(task_id) for task_id in "abcd"]
     board.progress(keys[3], 1, 4)
     board.finish(keys[1], "done")
@@ -105,14 +105,14 @@ def test_the_listing_holds_what_is_in_flight_oldest_first(board: Board, add: Add
     ]
 
 
-def test_the_listing_is_bounded(board: Board, add: Add, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_listing_is_bounded(board: Board, add: Add, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(board_module, "LISTED", 2)
     for task_id in "abc":
         add(task_id)
     assert [task["task_id"] for task in board.listing()] == ["a", "b"]
 
 
-def test_cancelling_reaches_every_task_of_that_id_in_flight(board: Board, add: Add) -> None:
+def test_cancel_reaches_every_task_of_an_id_in_flight(board: Board, add: Add) -> None:
     waiting, running, finished = add(), add(), add()
     elsewhere, other = add(instance="flux_1"), add("other")
     board.progress(running, 1, 4)
@@ -127,21 +127,21 @@ def test_cancelling_reaches_every_task_of_that_id_in_flight(board: Board, add: A
     assert other not in board.cancel_requested("flux_0")
 
 
-def test_cancelling_before_the_task_arrives_cancels_it_once(board: Board, add: Add) -> None:
+def test_early_cancellation_applies_to_one_task(board: Board, add: Add) -> None:
     assert board.cancel("t")[0]["state"] == "unknown"
     first, second = add(), add()
     assert board.cancel_requested("flux_0") == {first}
     assert first != second
 
 
-def test_cancelling_a_finished_task_changes_nothing(board: Board, add: Add) -> None:
+def test_cancel_of_a_finished_task_changes_nothing(board: Board, add: Add) -> None:
     board.finish(add(), "done")
     assert board.cancel("t")[0]["state"] == "done"
     add()
     assert board.cancel_requested("flux_0") == set()
 
 
-def test_an_early_cancellation_is_forgotten_in_time(board: Board, add: Add, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_early_cancellation_expires(board: Board, add: Add, monkeypatch: pytest.MonkeyPatch) -> None:
     board.cancel("t")
     monkeypatch.setattr(board_module, "CANCEL_KEPT_S", -1.0)
     add()
@@ -157,7 +157,7 @@ def test_early_cancellations_are_bounded(board: Board, add: Add, monkeypatch: py
     assert board.cancel_requested("flux_0") == set(keys[3:])
 
 
-def test_finished_tasks_are_forgotten_in_time(board: Board, add: Add, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_tasks_expire(board: Board, add: Add, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(board_module, "TIDY_S", 0.0)
     for task_id, ended in {"a": "done", "b": "failed", "c": "cancelled"}.items():
         board.finish(add(task_id), ended)
@@ -182,7 +182,7 @@ def test_finished_tasks_are_bounded(board: Board, add: Add, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("task_id", HOSTILE_IDS.values(), ids=HOSTILE_IDS)
-def test_ids_are_only_data(task_id: str, board: Board, add: Add, tmp_path: Path) -> None:
+def test_hostile_ids_are_only_data(task_id: str, board: Board, add: Add, tmp_path: Path) -> None:
     bystander = add("bystander")
     board.cancel(task_id)
     key = add(task_id)
@@ -195,7 +195,7 @@ def test_ids_are_only_data(task_id: str, board: Board, add: Add, tmp_path: Path)
     assert {path.name for path in tmp_path.iterdir()} <= {"board", "board-wal", "board-shm"}
 
 
-def test_an_instance_that_starts_fails_its_leftovers_only(board: Board, add: Add) -> None:
+def test_starting_instance_fails_only_its_own_old_tasks(board: Board, add: Add) -> None:
     add("waiting")
     board.progress(add("running"), 2, 4, b"jpeg")
     board.finish(add("done"), "done")
@@ -210,11 +210,11 @@ def test_an_instance_that_starts_fails_its_leftovers_only(board: Board, add: Add
     assert board.status("running")[0]["error"] == "the instance ended"
 
 
-def test_the_file_belongs_to_its_user(board: Board, tmp_path: Path) -> None:
+def test_file_is_private_to_its_user(board: Board, tmp_path: Path) -> None:
     assert (tmp_path / "board").stat().st_mode & 0o077 == 0
 
 
-def test_the_path_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_path_comes_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(BOARD_ENV, str(tmp_path / "given"))
     assert default_path() == tmp_path / "given"
     monkeypatch.setenv(BOARD_ENV, "")
@@ -238,7 +238,7 @@ for line in sys.stdin:
 
 @contextlib.contextmanager
 def python(code: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """A Python process that is gone at the end."""
+    """Run a Python process, and kill it at the end."""
     with subprocess.Popen(
         [sys.executable, "-c", code, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
@@ -248,25 +248,25 @@ def python(code: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
-def say(process: subprocess.Popen[str], line: str) -> None:
+def send_line(process: subprocess.Popen[str], line: str) -> None:
     assert process.stdin is not None
     process.stdin.write(line + "\n")
     process.stdin.flush()
 
 
-def hear(process: subprocess.Popen[str]) -> str:
+def receive_line(process: subprocess.Popen[str]) -> str:
     assert process.stdout is not None
     return process.stdout.readline().strip()
 
 
-def test_processes_that_open_a_new_board_at_once_all_can(tmp_path: Path) -> None:
+def test_processes_can_open_a_new_board_at_once(tmp_path: Path) -> None:
     with contextlib.ExitStack() as stack:
         processes = [stack.enter_context(python(OPEN_TOGETHER, f"flux_{number}")) for number in range(4)]
         for attempt in range(100):
             path = tmp_path / f"board-{attempt}"
             for process in processes:
-                say(process, str(path))
-            assert [hear(process) for process in processes] == ["ok"] * 4
+                send_line(process, str(path))
+            assert [receive_line(process) for process in processes] == ["ok"] * 4
         board = Board(path)
         assert {task["task_id"] for task in board.listing()} == {f"flux_{number}" for number in range(4)}
         board.close()
@@ -287,17 +287,17 @@ print("cancelled", flush=True)
 """
 
 
-def test_one_process_cancels_what_another_runs(board: Board, tmp_path: Path) -> None:
+def test_process_can_cancel_a_task_of_another(board: Board, tmp_path: Path) -> None:
     with python(CANCELLABLE, str(tmp_path / "board")) as process:
-        assert hear(process) == "running"
+        assert receive_line(process) == "running"
         task, preview = board.status("t")
         assert (task["state"], task["step"], preview) == ("running", 1, b"jpeg")
         board.cancel("t")
-        assert hear(process) == "cancelled"
+        assert receive_line(process) == "cancelled"
     assert board.status("t")[0]["error"] == "why"
 
 
-WRITES_WITHOUT_END = """
+WRITES_FOREVER = """
 import sys
 from pathlib import Path
 from genserve_backend.board import Board
@@ -316,12 +316,12 @@ while True:
 """
 
 
-def test_a_process_killed_while_it_writes_leaves_a_usable_board(board: Board, tmp_path: Path) -> None:
+def test_process_killed_during_a_write_leaves_a_usable_board(board: Board, tmp_path: Path) -> None:
     path = tmp_path / "board"
     for _ in range(3):
-        with python(WRITES_WITHOUT_END, str(path)) as process:
-            assert hear(process) == "writing"
-            assert hear(process) == "still writing"
+        with python(WRITES_FOREVER, str(path)) as process:
+            assert receive_line(process) == "writing"
+            assert receive_line(process) == "still writing"
             process.kill()
             process.wait()
         left = board.listing()

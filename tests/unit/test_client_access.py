@@ -1,4 +1,4 @@
-"""Addresses, certificates and headers: which are taken, and how each refusal reads."""
+"""Addresses, certificates and headers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from genserve.transport import connect
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_addresses(url: str, address: Address) -> None:
+def test_address_parses_scheme_authority_and_prefix(url: str, address: Address) -> None:
     assert Address.parse(url) == address
     assert address.is_grpc == address.scheme.startswith("grpc")
     assert address.is_secure == address.scheme.endswith("s")
@@ -64,13 +64,13 @@ def test_addresses(url: str, address: Address) -> None:
     ],
     ids=repr,
 )
-def test_other_addresses_are_refused(url: str) -> None:
+def test_invalid_address_is_rejected(url: str) -> None:
     with pytest.raises(InvalidInput, match="url is ") as caught:
         Client(url)
     assert repr(url) in str(caught.value)
 
 
-def test_a_password_in_an_address_is_refused_and_not_repeated() -> None:
+def test_password_in_address_is_rejected_and_not_repeated() -> None:
     with pytest.raises(InvalidInput, match="headers") as caught:
         Client("https://me:secret@localhost")
     assert "secret" not in str(caught.value)
@@ -86,7 +86,7 @@ def test_a_password_in_an_address_is_refused_and_not_repeated() -> None:
     ],
     ids=["grpc", "grpcs", "http", "https"],
 )
-def test_the_address_decides_the_protocol(url: str, kind: type) -> None:
+def test_address_selects_the_transport(url: str, kind: type) -> None:
     transport = connect(url)
     assert isinstance(transport, kind)
     assert transport.url == url
@@ -95,7 +95,7 @@ def test_the_address_decides_the_protocol(url: str, kind: type) -> None:
 
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
-    """A certificate with its key, an authority's, and a key with a password."""
+    """Create a certificate with its key, an authority's certificate and a key with a password."""
     authority = trustme.CA()
     leaf = authority.issue_cert("caller")
     paths = {name: tmp_path / name for name in ("ca", "cert", "key", "locked", "text", "none")}
@@ -116,7 +116,7 @@ def files(tmp_path: Path) -> dict[str, Path]:
 
 @pytest.mark.parametrize("url", ["https://localhost", "grpcs://localhost"], ids=["https", "grpcs"])
 @pytest.mark.parametrize("names", [{}, {"ca"}, {"cert", "key"}, {"ca", "cert", "key"}], ids=str)
-def test_certificates(url: str, names: set[str], files: dict[str, Path]) -> None:
+def test_valid_certificates_are_accepted(url: str, names: set[str], files: dict[str, Path]) -> None:
     connect(url, tls=TLS(**{name: files[name] for name in names})).close()
     connect(url, tls=TLS(**{name: str(files[name]) for name in names})).close()
 
@@ -136,14 +136,14 @@ def test_certificates(url: str, names: set[str], files: dict[str, Path]) -> None
     ],
     ids=["no-ca", "ca-text", "cert-alone", "key-alone", "no-key", "no-cert", "key-text", "locked-key"],
 )
-def test_files_that_cannot_be_used_are_refused(
+def test_unusable_certificate_file_is_rejected(
     url: str, names: dict[str, str], message: str, files: dict[str, Path]
 ) -> None:
     with pytest.raises(InvalidInput, match=message):
         connect(url, tls=TLS(**{option: files[name] for option, name in names.items()}))
 
 
-def test_only_http_can_do_without_verification() -> None:
+def test_verify_false_works_over_http_only() -> None:
     assert TLS(verify=False).context().verify_mode is ssl.CERT_NONE
     assert TLS().context().verify_mode is ssl.CERT_REQUIRED
     connect("https://localhost", tls=TLS(verify=False)).close()
@@ -152,23 +152,23 @@ def test_only_http_can_do_without_verification() -> None:
 
 
 @pytest.mark.parametrize("url", ["localhost:1", "http://localhost:1"], ids=["grpc", "http"])
-def test_plain_addresses_need_no_certificates(url: str, files: dict[str, Path]) -> None:
+def test_plain_address_ignores_certificates(url: str, files: dict[str, Path]) -> None:
     connect(url, tls=TLS(ca=files["none"])).close()
 
 
 @pytest.mark.parametrize(
     ("headers", "message"),
     [
-        ({"": "secret"}, "a name that is none"),
-        ({"X Y": "secret"}, "a name that is none"),
-        ({"X\r\nY": "secret"}, "a name that is none"),
-        ({"\u00e4": "secret"}, "a name that is none"),
-        ({5: "secret"}, "a name that is none"),
-        ({"Content-Length": "secret"}, "Content-Length, which is not the caller's"),
-        ({"content-type": "secret"}, "content-type, which is not the caller's"),
-        ({"Inference-Header-Content-Length": "secret"}, "which is not the caller's"),
-        ({"grpc-timeout": "secret"}, "grpc-timeout, which is not the caller's"),
-        ({"X-Bin": "secret"}, "X-Bin, which is not the caller's"),
+        ({"": "secret"}, "an invalid name"),
+        ({"X Y": "secret"}, "an invalid name"),
+        ({"X\r\nY": "secret"}, "an invalid name"),
+        ({"\u00e4": "secret"}, "an invalid name"),
+        ({5: "secret"}, "an invalid name"),
+        ({"Content-Length": "secret"}, "Content-Length, which only the client sets"),
+        ({"content-type": "secret"}, "content-type, which only the client sets"),
+        ({"Inference-Header-Content-Length": "secret"}, "which only the client sets"),
+        ({"grpc-timeout": "secret"}, "grpc-timeout, which only the client sets"),
+        ({"X-Bin": "secret"}, "X-Bin, which only the client sets"),
         ({"X": "secret\r\nY: 1"}, "the value of X cannot be sent"),
         ({"X": "secret\n"}, "the value of X cannot be sent"),
         ({"X": "secret\u00e4"}, "the value of X cannot be sent"),
@@ -177,9 +177,7 @@ def test_plain_addresses_need_no_certificates(url: str, files: dict[str, Path]) 
     ids=str,
 )
 @pytest.mark.parametrize("url", ["localhost:1", "http://localhost:1"], ids=["grpc", "http"])
-def test_headers_that_cannot_be_sent_are_refused_and_not_repeated(
-    url: str, headers: dict[Any, Any], message: str
-) -> None:
+def test_invalid_header_is_rejected_and_its_value_not_repeated(url: str, headers: dict[Any, Any], message: str) -> None:
     with pytest.raises(InvalidInput, match=message) as caught:
         Client(url, headers=headers)
     assert "secret" not in str(caught.value)

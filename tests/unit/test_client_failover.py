@@ -1,4 +1,4 @@
-"""How a client spreads its requests over several servers, with servers that only pretend."""
+"""Load balancing, failover and retries over several fake servers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def score() -> Outputs:
 
 
 class FakeServer:
-    """Answers with its script's next entry, and with a score once that is over."""
+    """Server that answers with the next entry of its script, then with a score."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -112,7 +112,7 @@ def test_idle_servers_take_turns(make: Make) -> None:
     assert counts(servers) == [3, 3, 3]
 
 
-def test_the_least_busy_server_is_asked_first(make: Make) -> None:
+def test_least_busy_server_is_called_first(make: Make) -> None:
     client, servers = make(3)
     started, gate = threading.Barrier(3), threading.Event()
 
@@ -141,7 +141,7 @@ def test_the_least_busy_server_is_asked_first(make: Make) -> None:
 @pytest.mark.parametrize(
     "error", [ServerUnavailable("down"), QueueFull("full")], ids=lambda error: type(error).__name__
 )
-def test_a_server_that_cannot_take_a_request_is_passed_over(error: Exception, make: Make) -> None:
+def test_full_or_unreachable_server_is_skipped(error: Exception, make: Make) -> None:
     client, servers = make(3)
     servers[0].always = error
     for _ in range(6):
@@ -156,7 +156,7 @@ def test_a_server_that_cannot_take_a_request_is_passed_over(error: Exception, ma
     [InvalidInput("x"), ServerError("x"), Cancelled("x"), OutOfMemory("x"), DeadlineExceeded("x"), NotAllowed("x")],
     ids=lambda error: type(error).__name__,
 )
-def test_other_errors_are_the_answer(error: Exception, make: Make) -> None:
+def test_other_errors_are_raised_without_failover(error: Exception, make: Make) -> None:
     client, servers = make(3, retry_for=10)
     servers[0].always = error
     with pytest.raises(type(error)) as caught:
@@ -165,7 +165,7 @@ def test_other_errors_are_the_answer(error: Exception, make: Make) -> None:
     assert counts(servers) == [1, 0, 0]
 
 
-def test_an_error_leaves_no_request_under_way(make: Make) -> None:
+def test_failed_request_is_no_longer_in_flight(make: Make) -> None:
     client, servers = make(2)
     servers[0].script = [InvalidInput("x")]
     with pytest.raises(InvalidInput):
@@ -184,9 +184,7 @@ def test_an_error_leaves_no_request_under_way(make: Make) -> None:
     ],
     ids=["unreachable", "full", "mixed"],
 )
-def test_when_none_can_each_was_asked_once(
-    errors: tuple[Exception, Exception], kind: type[Exception], make: Make
-) -> None:
+def test_each_server_is_tried_once(errors: tuple[Exception, Exception], kind: type[Exception], make: Make) -> None:
     client, servers = make(2)
     for server, error in zip(servers, errors, strict=True):
         server.always = error
@@ -195,7 +193,7 @@ def test_when_none_can_each_was_asked_once(
     assert counts(servers) == [1, 1]
 
 
-def test_retry_for_waits_for_a_server_to_come_back(make: Make) -> None:
+def test_retry_for_retries_until_a_server_returns(make: Make) -> None:
     client, servers = make(2, retry_for=10)
     for server in servers:
         server.script = [ServerUnavailable("down")] * 3
@@ -203,7 +201,7 @@ def test_retry_for_waits_for_a_server_to_come_back(make: Make) -> None:
     assert sum(counts(servers)) == 7
 
 
-def test_retry_for_ends(make: Make) -> None:
+def test_retry_for_limits_the_retries(make: Make) -> None:
     client, servers = make(1, retry_for=0.2)
     servers[0].always = ServerUnavailable("down")
     started = time.monotonic()
@@ -213,7 +211,7 @@ def test_retry_for_ends(make: Make) -> None:
     assert len(servers[0].calls) > 2
 
 
-def test_a_full_queue_is_not_waited_for(make: Make) -> None:
+def test_full_queue_is_not_retried(make: Make) -> None:
     client, servers = make(2, retry_for=10)
     for server in servers:
         server.always = QueueFull("full")
@@ -222,7 +220,7 @@ def test_a_full_queue_is_not_waited_for(make: Make) -> None:
     assert counts(servers) == [1, 1]
 
 
-def test_the_timeout_bounds_all_attempts_together(make: Make) -> None:
+def test_timeout_covers_all_attempts(make: Make) -> None:
     client, servers = make(2, retry_for=60)
     for server in servers:
         server.always = ServerUnavailable("down")
@@ -235,7 +233,7 @@ def test_the_timeout_bounds_all_attempts_together(make: Make) -> None:
     assert min(timeouts) > 0
 
 
-def test_a_late_failover_has_only_the_time_that_is_left(make: Make) -> None:
+def test_failover_gets_the_remaining_time(make: Make) -> None:
     client, servers = make(2)
 
     def slow_failure() -> Outputs:
@@ -253,7 +251,7 @@ def test_a_late_failover_has_only_the_time_that_is_left(make: Make) -> None:
 
 
 @pytest.mark.parametrize(("timeout", "expected"), [(None, 5.0), (3.0, 3.0)], ids=["client", "call"])
-def test_a_calls_timeout_goes_before_the_clients(timeout: float | None, expected: float, make: Make) -> None:
+def test_call_timeout_overrides_client_timeout(timeout: float | None, expected: float, make: Make) -> None:
     client, servers = make(1, timeout=5.0)
     ask(client, timeout=timeout)
     assert expected - 0.5 < servers[0].timeouts[0] <= expected
@@ -286,7 +284,7 @@ def test_status_lists_every_server(make: Make) -> None:
     assert found[0].version == "2.55.0"
 
 
-def test_models_are_those_of_the_first_server_that_answers(make: Make) -> None:
+def test_models_come_from_the_first_reachable_server(make: Make) -> None:
     client, servers = make(2)
     servers[0].always = ServerUnavailable("down")
     flux, rerank = client.models()
@@ -304,7 +302,7 @@ def test_models_are_those_of_the_first_server_that_answers(make: Make) -> None:
         client.models()
 
 
-def test_leaving_the_block_closes_every_connection(make: Make) -> None:
+def test_context_manager_closes_every_connection(make: Make) -> None:
     client, servers = make(2)
     with client:
         pass
@@ -330,9 +328,7 @@ DOWN, FULL, SOON, LATER = (
     ],
     ids=["down-full", "full-down", "all", "both", "one-says-when"],
 )
-def test_the_refusal_that_says_most_is_raised(
-    errors: Sequence[GenServeError], telling: GenServeError, make: Make
-) -> None:
+def test_most_helpful_refusal_is_raised(errors: Sequence[GenServeError], telling: GenServeError, make: Make) -> None:
     client, servers = make(len(errors))
     for server, error in zip(servers, errors, strict=True):
         server.always = error
@@ -341,7 +337,7 @@ def test_the_refusal_that_says_most_is_raised(
     assert caught.value is telling
 
 
-def test_a_gateways_pause_is_kept(make: Make) -> None:
+def test_retry_after_is_respected(make: Make) -> None:
     client, servers = make(1, retry_for=10)
     servers[0].script = [QueueFull("slow down", retry_after=0.3)]
     started = time.monotonic()
@@ -355,7 +351,7 @@ def test_a_gateways_pause_is_kept(make: Make) -> None:
     [{"retry_for": 0.0}, {"retry_for": 1.0}, {"retry_for": 60.0, "timeout": 1.0}],
     ids=["none", "less", "late"],
 )
-def test_a_pause_beyond_the_time_for_retries_is_the_end(options: dict[str, float], make: Make) -> None:
+def test_retry_after_beyond_the_limit_is_raised_at_once(options: dict[str, float], make: Make) -> None:
     client, servers = make(1, **options)
     servers[0].always = QueueFull("slow down", retry_after=5.0)
     started = time.monotonic()
@@ -365,7 +361,7 @@ def test_a_pause_beyond_the_time_for_retries_is_the_end(options: dict[str, float
     assert counts(servers) == [1]
 
 
-def test_every_attempt_has_the_time_that_is_left(make: Make) -> None:
+def test_every_attempt_gets_the_remaining_time(make: Make) -> None:
     client, servers = make(1, retry_for=10, timeout=5)
     servers[0].script = [ServerUnavailable("down")] * 4
     ask(client)
@@ -391,7 +387,7 @@ def test_errors_name_request_server_and_model(make: Make) -> None:
     assert unreachable.value.url == "server-1"
 
 
-def test_an_answer_that_makes_no_sense_names_its_server(make: Make) -> None:
+def test_malformed_answer_names_its_server(make: Make) -> None:
     client, servers = make(1)
     servers[0].script = [lambda: {**score(), "INFO": np.array([[b"["]], dtype=np.object_)}]
     with pytest.raises(ServerError, match="INFO is not JSON") as caught:
@@ -399,7 +395,7 @@ def test_an_answer_that_makes_no_sense_names_its_server(make: Make) -> None:
     assert caught.value.url == "server-0"
 
 
-def test_one_transport_needs_no_list() -> None:
+def test_single_transport_needs_no_list() -> None:
     server: Transport = FakeServer("mine")
     client = Client(transport=server)
     assert client.rerank("q", ["d"])[0].score == 0.5
@@ -409,6 +405,6 @@ def test_one_transport_needs_no_list() -> None:
 @pytest.mark.parametrize(
     "option", [{"url": "localhost:1"}, {"tls": TLS()}, {"headers": {}}], ids=["url", "tls", "headers"]
 )
-def test_a_transport_stands_alone(option: dict[str, Any]) -> None:
+def test_transport_excludes_url_tls_and_headers(option: dict[str, Any]) -> None:
     with pytest.raises(InvalidInput, match="transport is given together with url, tls or headers"):
         Client(transport=FakeServer("mine"), **option)

@@ -1,4 +1,4 @@
-"""Arguments to tensors, and answers to results."""
+"""Arguments to tensors, and outputs to results."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def rerank(query: Any = "q", documents: Any = ("a", "b"), **given: Any) -> Call:
     return rerank_call(query, documents, **values)
 
 
-def test_what_is_not_given_is_not_sent() -> None:
+def test_missing_settings_are_not_sent() -> None:
     call = generate(**dict.fromkeys(EVERY_SETTING))
     assert call.model == "flux"
     assert call.inputs.keys() == {"PROMPT", "TASK_ID"}
@@ -84,7 +84,7 @@ def test_every_setting_has_its_tensor() -> None:
     ],
     ids=["generate", "rerank", "one-document", "status", "list"],
 )
-def test_dtypes_and_shapes_are_the_contracts(call: Call, shapes: dict[str, tuple[int, ...]]) -> None:
+def test_inputs_have_the_contract_dtypes_and_shapes(call: Call, shapes: dict[str, tuple[int, ...]]) -> None:
     for name, array in call.inputs.items():
         assert array.dtype == NUMPY_KINDS[DTYPES[name]], name
         assert array.shape == shapes.get(name, (1, 1)), name
@@ -93,7 +93,7 @@ def test_dtypes_and_shapes_are_the_contracts(call: Call, shapes: dict[str, tuple
 
 
 @pytest.mark.parametrize("text", ["", "a\x00", "\x00", "\u4e00", "\U0001f43c" * 3, "trailing \n"], ids=repr)
-def test_text_travels_whole(text: str) -> None:
+def test_text_is_sent_unchanged(text: str) -> None:
     assert generate(text).inputs["PROMPT"].item() == text.encode()
     call = rerank(documents=[text, "x", text])
     assert list(call.inputs["DOCUMENTS"][0]) == [text.encode(), b"x", text.encode()]
@@ -136,24 +136,24 @@ def test_text_travels_whole(text: str) -> None:
     ],
     ids=str,
 )
-def test_what_is_no_such_value_is_refused_by_name(call: Callable[[], Call], tensor: str) -> None:
+def test_value_of_wrong_type_is_rejected_by_tensor_name(call: Callable[[], Call], tensor: str) -> None:
     with pytest.raises(InvalidInput, match=f"^{tensor} ") as caught:
         call()
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("number", [np.int64(512), np.int32(512), True], ids=repr)
-def test_whole_numbers_of_other_types_are_numbers(number: Any) -> None:
+def test_integer_types_are_accepted(number: Any) -> None:
     assert generate(height=number).inputs["HEIGHT"].item() == int(number)
 
 
 @pytest.mark.parametrize("number", [3, np.float32(3.0), np.int64(3)], ids=repr)
-def test_real_numbers_of_other_types_are_numbers(number: Any) -> None:
+def test_real_number_types_are_accepted(number: Any) -> None:
     assert generate(guidance=number).inputs["GUIDANCE"].item() == 3.0
 
 
 @pytest.mark.parametrize("level", [("high", 1), ("normal", 2), ("low", 3)], ids=str)
-def test_priorities(level: tuple[str, int]) -> None:
+def test_priority_names_map_to_triton_levels(level: tuple[str, int]) -> None:
     name, number = level
     assert generate(priority=name).priority == number
     assert rerank(priority=name).priority == number
@@ -161,7 +161,7 @@ def test_priorities(level: tuple[str, int]) -> None:
 
 
 @pytest.mark.parametrize("priority", ["urgent", "", "HIGH", 1, None], ids=repr)
-def test_other_priorities_are_refused(priority: Any) -> None:
+def test_unknown_priority_is_rejected(priority: Any) -> None:
     with pytest.raises(InvalidInput, match="priority is .*; allowed: high, normal, low"):
         generate(priority=priority)
 
@@ -169,7 +169,7 @@ def test_other_priorities_are_refused(priority: Any) -> None:
 @pytest.mark.parametrize(
     "task_id", ["mine", "x" * 256, "\u4e00", "\U0001f43c"], ids=["short", "longest", "han", "panda"]
 )
-def test_a_task_id_is_the_request_id(task_id: str) -> None:
+def test_task_id_is_the_request_id(task_id: str) -> None:
     call = generate(task_id=task_id)
     assert (call.request_id, call.inputs["TASK_ID"].item()) == (task_id, task_id.encode())
     assert rerank(task_id=task_id).request_id == task_id
@@ -180,12 +180,12 @@ def scores(*values: float, info: Any = None) -> dict[str, Any]:
     return {"SCORES": np.array([values], dtype=np.float32), "INFO": np.array([[encoded]], dtype=np.object_)}
 
 
-def test_the_ranking_falls_and_keeps_indices() -> None:
+def test_ranking_descends_and_keeps_indices() -> None:
     found = ranking(scores(0.25, 1.0, 0.5), ["a", "b", "c"], None)
     assert [(each.index, each.score, each.document) for each in found] == [(1, 1.0, "b"), (2, 0.5, "c"), (0, 0.25, "a")]
 
 
-def test_a_ranking_has_every_score_in_the_documents_order_and_the_models_info() -> None:
+def test_ranking_has_all_scores_in_request_order_and_info() -> None:
     info = {"truncated": [2], "tokens": 7}
     found = ranking(scores(0.25, 1.0, 0.5, info=info), ["a", "b", "c"], 1)
     assert len(found) == 1
@@ -194,23 +194,23 @@ def test_a_ranking_has_every_score_in_the_documents_order_and_the_models_info() 
     assert found.info == info
 
 
-def test_another_number_of_scores_is_the_servers_fault() -> None:
+def test_wrong_number_of_scores_is_a_server_error() -> None:
     with pytest.raises(ServerError, match="SCORES has 2 values for 3 documents"):
         ranking(scores(0.25, 1.0), ["a", "b", "c"], None)
 
 
-def test_ties_keep_the_order_they_came_in() -> None:
+def test_ties_keep_request_order() -> None:
     found = ranking(scores(0.5, 1.0, 0.5, 1.0, 0.5), list("abcde"), None)
     assert [each.document for each in found] == list("bdace")
 
 
 @pytest.mark.parametrize(("top_n", "documents"), [(1, "b"), (2, "bc"), (3, "bca"), (99, "bca"), (None, "bca")], ids=str)
-def test_top_n(top_n: int | None, documents: str) -> None:
+def test_top_n_limits_the_ranking(top_n: int | None, documents: str) -> None:
     found = ranking(scores(0.25, 1.0, 0.5), ["a", "b", "c"], top_n)
     assert [each.document for each in found] == list(documents)
 
 
-def test_an_answer_becomes_an_image() -> None:
+def test_outputs_become_an_image() -> None:
     outputs = {
         "IMAGE": np.array([[b"\x89PNG\x00\x00"]], dtype=np.object_),
         "SEED": np.array([[2**63 - 1]], dtype=np.int64),
@@ -221,7 +221,7 @@ def test_an_answer_becomes_an_image() -> None:
 
 
 @pytest.mark.parametrize("info", [b"[]", b"{", b"\xff", b""], ids=["list", "half", "no-text", "empty"])
-def test_an_info_that_is_no_object_is_the_servers_fault(info: bytes) -> None:
+def test_malformed_info_is_a_server_error(info: bytes) -> None:
     outputs = {
         "IMAGE": np.array([[b""]], dtype=np.object_),
         "SEED": np.array([[0]], dtype=np.int64),
@@ -251,21 +251,21 @@ RUNNING = {
 }
 
 
-def test_a_tasks_answer_becomes_a_status_with_its_preview() -> None:
+def test_outputs_become_a_task_status_with_preview() -> None:
     expected: dict[str, Any] = {**RUNNING, "preview": b"\xff\xd8\x00"}
     assert task_status(task_outputs(RUNNING, b"\xff\xd8\x00")) == TaskStatus(**expected)
 
 
-def test_a_task_that_the_server_does_not_know() -> None:
+def test_unknown_task_has_default_fields() -> None:
     unknown = {"task_id": "x", "state": "unknown", "step": 0, "steps": 0, "instance": None}
     assert task_status(task_outputs(unknown)) == TaskStatus("x", "unknown")
 
 
-def test_a_newer_servers_field_is_no_obstacle() -> None:
+def test_unknown_task_fields_are_ignored() -> None:
     assert task_status(task_outputs({**RUNNING, "speed": 3})) == task_status(task_outputs(RUNNING))
 
 
-def test_a_list_of_tasks() -> None:
+def test_task_list_is_parsed() -> None:
     assert [task.as_dict() for task in task_list(task_outputs([RUNNING, RUNNING]))] == [RUNNING, RUNNING]
 
 
@@ -274,17 +274,17 @@ def test_a_list_of_tasks() -> None:
     [task_outputs([]), task_outputs({}), task_outputs({**RUNNING, "state": "lost"})],
     ids=["list", "empty", "state"],
 )
-def test_a_task_that_is_none_is_the_servers_fault(outputs: dict[str, Any]) -> None:
+def test_malformed_task_is_a_server_error(outputs: dict[str, Any]) -> None:
     with pytest.raises(ServerError, match="TASK"):
         task_status(outputs)
 
 
-def test_a_list_that_is_none_is_the_servers_fault() -> None:
+def test_malformed_task_list_is_a_server_error() -> None:
     with pytest.raises(ServerError, match="TASK is not a JSON list"):
         task_list(task_outputs({}))
 
 
-# What the client refuses before it asks anybody: nothing listens at this address.
+# Rejected before any server is called: nothing listens at this address.
 
 
 @pytest.mark.parametrize(
@@ -314,19 +314,19 @@ def test_a_list_that_is_none_is_the_servers_fault() -> None:
         "cancel",
     ],
 )
-def test_the_client_refuses_by_itself(ask: Callable[[Client], Any], message: str) -> None:
+def test_client_rejects_invalid_arguments_without_a_server(ask: Callable[[Client], Any], message: str) -> None:
     with Client("localhost:1") as client, pytest.raises(InvalidInput) as caught:
         ask(client)
     assert str(caught.value).startswith(message)
 
 
 @pytest.mark.parametrize("option", ["url", "transport"])
-def test_an_empty_list_of_servers_is_refused(option: str) -> None:
+def test_empty_server_list_is_rejected(option: str) -> None:
     with pytest.raises(InvalidInput, match=f"{option} is an empty list; allowed: at least one"):
         Client(**{option: []})
 
 
 @pytest.mark.parametrize("retry_for", [-1, float("nan"), float("inf")], ids=str)
-def test_a_time_for_retries_that_is_none_is_refused(retry_for: float) -> None:
+def test_invalid_retry_for_is_rejected(retry_for: float) -> None:
     with pytest.raises(InvalidInput, match="retry_for is"):
         Client("localhost:1", retry_for=retry_for)

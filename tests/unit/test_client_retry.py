@@ -1,4 +1,4 @@
-"""Deadlines, backoff and the header that says when to come back."""
+"""Deadlines, backoff and Retry-After."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DOWN = ServerUnavailable("down")
 
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float]]:
-    """The ranges from which pauses were drawn; each pause is the range's upper end."""
+    """Return the ranges from which pauses were drawn. Each pause is the upper end of its range."""
     ranges: list[tuple[float, float]] = []
 
     def uniform(low: float, high: float) -> float:
@@ -34,26 +34,24 @@ def test_pauses_grow_with_full_jitter_up_to_a_limit(drawn: list[tuple[float, flo
     assert drawn == [(0, 0.25), (0, 0.5), (0, 1.0), (0, 2.0), (0, 2.0), (0, 2.0)]
 
 
-def test_jitter_comes_on_top_of_what_a_gateway_asks_for(drawn: list[tuple[float, float]]) -> None:
+def test_jitter_is_added_to_retry_after(drawn: list[tuple[float, float]]) -> None:
     assert Retries(60.0, Deadline(600.0)).pause_after(QueueFull("slow down", retry_after=3.0)) == 3.25
     assert drawn == [(0, 0.25)]
 
 
 @pytest.mark.parametrize("error", [QueueFull("full"), ServerError("x"), InvalidInput("x")], ids=repr)
-def test_other_errors_are_not_tried_again(error: GenServeError) -> None:
+def test_other_errors_are_not_retried(error: GenServeError) -> None:
     assert Retries(60.0, Deadline(600.0)).pause_after(error) is None
 
 
 @pytest.mark.parametrize(
     ("retry_for", "timeout"), [(0.0, 600.0), (0.2, 600.0), (60.0, 0.2)], ids=["none", "retry-for", "timeout"]
 )
-def test_no_pause_ends_after_the_time_for_retries(
-    retry_for: float, timeout: float, drawn: list[tuple[float, float]]
-) -> None:
+def test_pause_beyond_the_limit_gives_up(retry_for: float, timeout: float, drawn: list[tuple[float, float]]) -> None:
     assert Retries(retry_for, Deadline(timeout)).pause_after(DOWN) is None
 
 
-def test_a_deadline_passes() -> None:
+def test_passed_deadline_raises() -> None:
     deadline = Deadline(0.05)
     assert 0 < deadline.left() <= 0.05
     time.sleep(0.06)
@@ -61,12 +59,12 @@ def test_a_deadline_passes() -> None:
         deadline.left()
 
 
-def test_a_timeout_beyond_what_sockets_take_is_as_good_as_none() -> None:
+def test_huge_timeout_is_capped() -> None:
     assert 0.99e8 < Deadline(1e300).left() <= 1e8
 
 
 @pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf")], ids=str)
-def test_a_timeout_that_is_none_is_refused(timeout: float) -> None:
+def test_invalid_timeout_is_rejected(timeout: float) -> None:
     with pytest.raises(InvalidInput, match="timeout is"):
         Deadline(timeout)
 
@@ -88,11 +86,11 @@ def test_a_timeout_that_is_none_is_refused(timeout: float) -> None:
     ],
     ids=repr,
 )
-def test_retry_after(value: str | None, seconds: float | None) -> None:
+def test_retry_after_is_parsed(value: str | None, seconds: float | None) -> None:
     assert parse_retry_after(value) == seconds
 
 
-def test_retry_after_as_a_date_to_come() -> None:
+def test_retry_after_accepts_a_future_date() -> None:
     date = format_datetime(datetime.now(timezone.utc) + timedelta(seconds=30), usegmt=True)
     assert 28 < (parse_retry_after(date) or 0) <= 30
     assert 28 < (parse_retry_after(date.replace("GMT", "-0000")) or 0) <= 30

@@ -1,4 +1,4 @@
-"""Tasks by their ids: which server is asked, and which is believed."""
+"""Task status and cancellation on one or several servers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from genserve.tasks import TASKS_TIMEOUT_S
 
 
 class Board:
-    """A server with the `tasks` model alone."""
+    """Fake server with only the `tasks` model."""
 
     def __init__(self, url: str, **known: dict[str, Any]) -> None:
         self.url = url
@@ -54,38 +54,38 @@ def clients(*servers: Any, **options: Any) -> Client:
     return Client(transport=servers, **options)
 
 
-def test_a_task_is_found_on_the_server_that_has_it() -> None:
+def test_task_is_found_on_the_server_that_has_it() -> None:
     servers = Board("a"), Board("b", x=running()), Board("c", x=ended("failed", 9.0))
     task = clients(*servers).task("x")
     assert (task.state, task.step, task.progress, task.preview) == ("running", 1, 0.25, b"jpeg")
     assert actions(servers) == [["status"]] * 3
 
 
-def test_a_task_that_ended_is_the_one_that_changed_last() -> None:
+def test_latest_change_decides_for_ended_tasks() -> None:
     servers = Board("a", x=ended("failed", 1.0)), Board("b", x=ended("done", 2.0)), Board("c")
     assert clients(*servers).task("x").state == "done"
 
 
-def test_a_task_that_nobody_knows_is_unknown() -> None:
+def test_task_on_no_server_is_unknown() -> None:
     task = clients(Board("a"), Board("b")).task("x")
     assert (task.task_id, task.state, task.progress, task.is_in_flight) == ("x", "unknown", 0.0, False)
 
 
-def test_a_cancellation_goes_to_the_server_that_has_the_task() -> None:
+def test_cancel_goes_to_the_server_that_has_the_task() -> None:
     servers = Board("a"), Board("b", x=running()), Board("c", x=ended("failed", 9.0))
     assert clients(*servers).cancel("x").state == "running"
     assert actions(servers) == [["status"], ["status", "cancel"], ["status"]]
 
 
 @pytest.mark.parametrize("known", [{}, {"x": ended("failed", 9.0)}], ids=["nowhere", "ended"])
-def test_a_cancellation_of_what_may_wait_in_a_queue_goes_to_all(known: dict[str, Any]) -> None:
+def test_cancel_of_a_possibly_queued_task_goes_to_all_servers(known: dict[str, Any]) -> None:
     servers = Board("a", **known), Board("b")
     clients(*servers).cancel("x")
     assert actions(servers) == [["status", "cancel"]] * 2
 
 
 @pytest.mark.parametrize("verb", ["task", "cancel"])
-def test_a_server_that_is_down_is_passed_over(verb: str) -> None:
+def test_unreachable_server_is_skipped(verb: str) -> None:
     down, up = Board("a"), Board("b", x=running())
     down.failures = [ServerUnavailable("down")]
     assert getattr(clients(down, up), verb)("x").state == "running"
@@ -93,7 +93,7 @@ def test_a_server_that_is_down_is_passed_over(verb: str) -> None:
 
 
 @pytest.mark.parametrize("verb", ["task", "cancel"])
-def test_when_no_server_answers_the_error_names_the_first(verb: str) -> None:
+def test_error_names_the_first_server_if_none_answers(verb: str) -> None:
     servers = Board("a"), Board("b")
     for server in servers:
         server.failures = [ServerUnavailable("down")]
@@ -103,14 +103,14 @@ def test_when_no_server_answers_the_error_names_the_first(verb: str) -> None:
 
 
 @pytest.mark.parametrize("verb", ["task", "cancel"])
-def test_retry_for_holds_here_too(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retry_for_covers_task_calls(verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(genserve.retry, "FIRST_PAUSE_S", 0.01)
     server = Board("a", x=running())
     server.failures = [ServerUnavailable("down")] * 2
     assert getattr(clients(server, retry_for=10), verb)("x").state == "running"
 
 
-def test_what_the_server_refuses_is_raised() -> None:
+def test_server_rejection_is_raised() -> None:
     server = Board("a")
     server.failures = [InvalidInput("TASK_ID is 300 characters long")]
     with pytest.raises(InvalidInput, match="300"):
@@ -118,13 +118,13 @@ def test_what_the_server_refuses_is_raised() -> None:
 
 
 @pytest.mark.parametrize(("timeout", "longest"), [(600.0, TASKS_TIMEOUT_S), (2.0, 2.0)], ids=["default", "short"])
-def test_the_question_is_short_and_within_the_clients_timeout(timeout: float, longest: float) -> None:
+def test_task_call_has_a_short_timeout(timeout: float, longest: float) -> None:
     server = Board("a")
     clients(server, timeout=timeout).cancel("x")
     assert longest - 0.5 < server.timeouts[0] <= longest
 
 
-def test_no_server_is_asked_after_the_deadline() -> None:
+def test_no_server_is_called_after_the_deadline() -> None:
     server = Board("a")
     with pytest.raises(DeadlineExceeded):
         clients(server, timeout=1e-9).task("x")
@@ -144,5 +144,5 @@ def test_no_server_is_asked_after_the_deadline() -> None:
     ],
     ids=str,
 )
-def test_progress(state: Any, step: int, steps: int, progress: float) -> None:
+def test_progress_is_the_finished_fraction(state: Any, step: int, steps: int, progress: float) -> None:
     assert TaskStatus("x", state, step, steps).progress == progress

@@ -1,4 +1,4 @@
-"""The transports against servers of a few lines: what travels with every question, and what comes of bad answers."""
+"""Transports against minimal HTTP and gRPC servers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SCORES = {"name": "SCORES", "datatype": "FP32", "shape": [1, 1], "data": [0.5]}
 
 
 class HttpServer(ThreadingHTTPServer):
-    """Remembers requests; answers with what it is told to, else as Triton would."""
+    """HTTP server that records requests and answers like Triton, or as configured."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), HttpHandler)
@@ -113,16 +113,14 @@ PATHS = {
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_http_sends_the_headers_and_the_prefix_with_every_question(
-    verb: str, http: Transport, http_server: HttpServer
-) -> None:
+def test_http_sends_headers_and_prefix_with_every_request(verb: str, http: Transport, http_server: HttpServer) -> None:
     assert VERBS[verb](http) == RESULTS[verb]
     ((_, path, headers, _),) = http_server.seen
     assert path == PATHS[verb]
     assert {name: headers[name] for name in HEADERS} == HEADERS
 
 
-def test_http_tells_the_server_the_request_and_the_time_that_is_left(http: Transport, http_server: HttpServer) -> None:
+def test_http_sends_request_id_priority_and_timeout(http: Transport, http_server: HttpServer) -> None:
     http.infer(CALL, 2.5)
     ((_, _, headers, body),) = http_server.seen
     sent = json.loads(body[: int(headers["Inference-Header-Content-Length"])])
@@ -157,7 +155,7 @@ def test_http_tells_the_server_the_request_and_the_time_that_is_left(http: Trans
     ],
     ids=lambda value: str(value) if isinstance(value, int) else "",
 )
-def test_http_statuses(
+def test_http_error_status_becomes_an_exception(
     status: int, content: bytes, kind: type[GenServeError], message: str, http: Transport, http_server: HttpServer
 ) -> None:
     http_server.answer = (status, {"Location": "http://127.0.0.1:1/"}, content)
@@ -167,7 +165,7 @@ def test_http_statuses(
     assert "Bearer" not in str(caught.value)
 
 
-def test_http_reads_retry_after(http: Transport, http_server: HttpServer) -> None:
+def test_http_passes_on_retry_after(http: Transport, http_server: HttpServer) -> None:
     http_server.answer = (429, {"Retry-After": "7"}, b"")
     with pytest.raises(QueueFull) as caught:
         http.infer(CALL, 2.5)
@@ -179,33 +177,33 @@ def test_http_reads_retry_after(http: Transport, http_server: HttpServer) -> Non
     [b"<html>", b"[]", b"{}", b'{"model_name": "rerank", "outputs": []}', b""],
     ids=["html", "list", "no-outputs", "missing-output", "empty"],
 )
-def test_http_answers_that_are_not_tritons(content: bytes, http: Transport, http_server: HttpServer) -> None:
+def test_http_malformed_answer_is_a_server_error(content: bytes, http: Transport, http_server: HttpServer) -> None:
     http_server.answer = (200, {}, content)
     with pytest.raises(ServerError, match="sent an answer that is not Triton's"):
         http.infer(CALL, 2.5)
 
 
-def test_http_answers_that_end_too_early(http: Transport, http_server: HttpServer) -> None:
+def test_http_truncated_answer_is_server_unavailable(http: Transport, http_server: HttpServer) -> None:
     http_server.answer = (200, {"Content-Length": "100", "Connection": "close"}, b"{")
     with pytest.raises(ServerUnavailable):
         http.infer(CALL, 2.5)
 
 
 @pytest.mark.parametrize(("status", "ready"), [(200, True), (400, False), (503, False)], ids=str)
-def test_http_health_is_the_status(status: int, ready: bool, http: Transport, http_server: HttpServer) -> None:
+def test_http_health_follows_the_status(status: int, ready: bool, http: Transport, http_server: HttpServer) -> None:
     http_server.answer = (status, {}, b"")
     assert http.ready() is ready
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_http_health_behind_a_closed_gate_is_not_allowed(status: int, http: Transport, http_server: HttpServer) -> None:
+def test_http_health_raises_not_allowed(status: int, http: Transport, http_server: HttpServer) -> None:
     http_server.answer = (status, {}, b"")
     with pytest.raises(NotAllowed):
         http.live()
 
 
 class GrpcServer(grpc.GenericRpcHandler):
-    """The same over gRPC."""
+    """gRPC server that records requests and answers like Triton, or as configured."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, dict[str, Any], Any]] = []
@@ -263,7 +261,7 @@ def grpc_transport(grpc_server: GrpcServer) -> Iterator[Transport]:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_grpc_sends_the_headers_as_metadata_with_every_question(
+def test_grpc_sends_headers_as_metadata_with_every_request(
     verb: str, grpc_transport: Transport, grpc_server: GrpcServer
 ) -> None:
     assert VERBS[verb](grpc_transport) == RESULTS[verb]
@@ -276,7 +274,7 @@ def test_grpc_sends_the_headers_as_metadata_with_every_question(
     [(2.5, 2_500_000), (0.25, 250_000), (240.0, 240_000_000), (1e8, 10**14)],
     ids=str,
 )
-def test_grpc_tells_the_server_the_request_and_the_time_that_is_left(
+def test_grpc_sends_request_id_priority_and_timeout(
     timeout_s: float, microseconds: int, grpc_transport: Transport, grpc_server: GrpcServer
 ) -> None:
     grpc_transport.infer(CALL, timeout_s)
@@ -299,7 +297,7 @@ def test_grpc_tells_the_server_the_request_and_the_time_that_is_left(
     ],
     ids=["no-key", "wrong-key", "slow-down", "server-ends", "cancelled", "stub"],
 )
-def test_grpc_statuses(
+def test_grpc_error_status_becomes_an_exception(
     code: grpc.StatusCode, message: str, kind: type[GenServeError], grpc_transport: Transport, grpc_server: GrpcServer
 ) -> None:
     grpc_server.failure = (code, message, ())
@@ -308,7 +306,7 @@ def test_grpc_statuses(
     assert type(caught.value) is kind
 
 
-def test_grpc_reads_retry_after(grpc_transport: Transport, grpc_server: GrpcServer) -> None:
+def test_grpc_passes_on_retry_after(grpc_transport: Transport, grpc_server: GrpcServer) -> None:
     grpc_server.failure = (grpc.StatusCode.RESOURCE_EXHAUSTED, "slow down", (("retry-after", "7"),))
     with pytest.raises(QueueFull) as caught:
         grpc_transport.infer(CALL, 2.5)
@@ -317,7 +315,7 @@ def test_grpc_reads_retry_after(grpc_transport: Transport, grpc_server: GrpcServ
 
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("url", ["127.0.0.1:1", "http://127.0.0.1:1"], ids=["grpc", "http"])
-def test_where_nobody_listens_every_question_is_unavailable(url: str, verb: str) -> None:
+def test_closed_port_is_server_unavailable(url: str, verb: str) -> None:
     transport = connect(url)
     with pytest.raises(ServerUnavailable, match="127.0.0.1:1"):
         VERBS[verb](transport)

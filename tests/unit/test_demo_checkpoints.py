@@ -1,4 +1,4 @@
-"""The scripts in demo/: diffusers takes the FLUX checkpoint for a real one, the reranker's download is careful."""
+"""The demo's checkpoints: diffusers loads the random FLUX, and the reranker's download is checked."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
 import fetch_reranker
-import make_flux
+import random_flux
 
 CHINESE = "\u4e00\u53ea\u732b\u5728\u6c99\u53d1\u4e0a"
 EMOJI = "\U0001f600 party \U0001f469\u200d\U0001f680"
@@ -25,7 +25,7 @@ EMOJI = "\U0001f600 party \U0001f469\u200d\U0001f680"
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("demo") / "flux"
-    make_flux.make_flux(path)
+    random_flux.write_random_flux(path)
     return path
 
 
@@ -53,19 +53,19 @@ def digests(folder: Path) -> dict[str, str]:
 
 def test_same_seed_writes_same_bytes(checkpoint: Path, tmp_path: Path) -> None:
     state = torch.random.get_rng_state()
-    make_flux.make_flux(tmp_path / "again")
+    random_flux.write_random_flux(tmp_path / "again")
     assert digests(tmp_path / "again") == digests(checkpoint)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
 def test_other_seed_writes_other_weights(checkpoint: Path, tmp_path: Path) -> None:
-    make_flux.make_flux(tmp_path / "other", seed=1)
+    random_flux.write_random_flux(tmp_path / "other", seed=1)
     first, other = digests(checkpoint), digests(tmp_path / "other")
     assert first.keys() == other.keys()
     assert {name for name in first if first[name] != other[name]} == {n for n in first if n.endswith(".safetensors")}
 
 
-def test_folder_is_small_readable_and_alone(checkpoint: Path) -> None:
+def test_folder_is_small_and_readable_without_leftovers(checkpoint: Path) -> None:
     files = [path for path in checkpoint.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 12_000_000
     assert len({path.stat().st_mode for path in files}) == 1
@@ -73,7 +73,7 @@ def test_folder_is_small_readable_and_alone(checkpoint: Path) -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(128, 128), (64, 64), (256, 128)], ids=["native", "small", "wide"])
-def test_plain_pipeline_gives_a_finite_image(pipeline: Any, width: int, height: int) -> None:
+def test_pipeline_generates_a_finite_image(pipeline: Any, width: int, height: int) -> None:
     image = generate(pipeline, width=width, height=height, true_cfg_scale=4.0, negative_prompt="blurry")
     assert image.shape == (height, width, 3)
     assert np.isfinite(image).all()
@@ -90,14 +90,14 @@ def test_native_size_is_the_vae_sample_size(pipeline: Any) -> None:
     [{"seed": 1}, {"prompt": "a lighthouse at sunset"}, {"prompt": CHINESE}, {"guidance_scale": 7.0}],
     ids=["seed", "prompt", "chinese", "guidance"],
 )
-def test_image_follows_its_inputs(pipeline: Any, change: dict[str, Any]) -> None:
+def test_image_depends_on_each_input(pipeline: Any, change: dict[str, Any]) -> None:
     base = generate(pipeline)
     assert np.abs(base - generate(pipeline, **change)).mean() > 0.02
     assert np.array_equal(base, generate(pipeline))
 
 
 def test_schnell_has_no_guidance_embedding_and_fixed_timesteps(tmp_path: Path) -> None:
-    make_flux.make_flux(tmp_path / "schnell", schnell=True)
+    random_flux.write_random_flux(tmp_path / "schnell", schnell=True)
     transformer = FluxTransformer2DModel.from_pretrained(tmp_path / "schnell", subfolder="transformer")
     assert not any("guidance" in name for name in transformer.state_dict())
     pipeline = FluxPipeline.from_pretrained(tmp_path / "schnell", transformer=transformer)
@@ -109,7 +109,7 @@ def test_schnell_has_no_guidance_embedding_and_fixed_timesteps(tmp_path: Path) -
 
 @pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2"])
 @pytest.mark.parametrize("text", [CHINESE, EMOJI, "", "a cat " + EMOJI], ids=["chinese", "emoji", "empty", "mixed"])
-def test_any_text_survives_the_tokenizer(pipeline: Any, name: str, text: str) -> None:
+def test_tokenizer_round_trips_any_text(pipeline: Any, name: str, text: str) -> None:
     tokenizer = getattr(pipeline, name)
     ids = tokenizer(text).input_ids
     assert max(ids) < len(tokenizer)
@@ -124,7 +124,7 @@ def test_long_text_is_cut_to_the_tokenizer_length(pipeline: Any, name: str, leng
     assert len(tokenizer("cat \u732b" * 1000, truncation=True).input_ids) == length
 
 
-def test_5000_characters_encode(pipeline: Any) -> None:
+def test_5000_characters_are_encoded(pipeline: Any) -> None:
     embeds, pooled, _ = pipeline.encode_prompt(CHINESE * 500 + "a cat" * 300, max_sequence_length=64)
     assert embeds.shape == (1, 64, 64)
     assert pooled.shape == (1, 64)
@@ -135,12 +135,12 @@ def test_existing_output_is_left_alone_without_force(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = (checkpoint / "model_index.json").stat().st_mtime_ns
-    assert make_flux.main(["--output", str(checkpoint)]) == 0
+    assert random_flux.main(["--output", str(checkpoint)]) == 0
     assert "exists" in capsys.readouterr().out
     assert (checkpoint / "model_index.json").stat().st_mtime_ns == before
 
     (tmp_path / "precious.txt").write_text("not a checkpoint")
-    assert make_flux.main(["--output", str(tmp_path), "--force"]) == 1
+    assert random_flux.main(["--output", str(tmp_path), "--force"]) == 1
     assert "not replaced" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
 

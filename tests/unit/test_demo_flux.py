@@ -1,4 +1,4 @@
-"""The FLUX that is shipped: small, plain, and it draws what the prompt says."""
+"""The shipped FLUX: its size, and the accuracy of its images."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("scipy", reason="the reader needs the demo extra")
+pytest.importorskip("scipy", reason="the detection needs the demo extra")
 pytest.importorskip("peft", reason="the LoRA needs the demo extra")
 import torch
 from diffusers import FluxPipeline
@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from evaluate_flux import Sampling, evaluate, prompts
 from shapes.captions import NEON
-from shapes.reading import read_picture
+from shapes.detection import detect
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 CHECKPOINT = DEMO / "flux"
@@ -49,10 +49,10 @@ def test_files_are_small_enough_for_the_repository() -> None:
     assert size(LORA) < 1_000_000
 
 
-def test_held_out_prompts_are_drawn_as_they_say(pipeline: Any) -> None:
+def test_held_out_prompts_are_drawn_right(pipeline: Any) -> None:
     found = evaluate(pipeline, prompts(48, seed=1), Sampling())
     share = {aspect: sum(right) / len(right) for aspect, right in found.items()}
-    # A little under what demo/evaluate_flux.py wants of 600: these are few.
+    # Slightly below the minimum of demo/evaluate_flux.py, which takes 600 images.
     assert share["background"] >= 0.9
     assert share["colour"] >= 0.85
     assert share["shape"] >= 0.8
@@ -60,12 +60,12 @@ def test_held_out_prompts_are_drawn_as_they_say(pipeline: Any) -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(64, 64), (256, 256), (96, 160), (192, 128)])
-def test_other_sizes_work(pipeline: Any, width: int, height: int) -> None:
+def test_other_sizes_show_the_prompt(pipeline: Any, width: int, height: int) -> None:
     image = draw(pipeline, width=width, height=height)
     assert image.size == (width, height)
-    reading = read_picture(image)
-    assert reading.background == "blue"
-    assert reading.things[0].colour == "red"
+    detection = detect(image)
+    assert detection.background == "blue"
+    assert detection.things[0].colour == "red"
 
 
 def test_guidance_changes_the_image(pipeline: Any) -> None:
@@ -73,14 +73,14 @@ def test_guidance_changes_the_image(pipeline: Any) -> None:
     assert ImageChops.difference(weak, strong).getbbox() is not None
 
 
-def test_prompts_of_other_words_still_give_an_image(pipeline: Any) -> None:
+def test_unknown_words_still_give_an_image(pipeline: Any) -> None:
     assert (
         len(draw(pipeline, "\u4e00\u53ea\u732b, a lighthouse in the rain", num_inference_steps=4).getcolors(1 << 15))
         > 1
     )
 
 
-def test_the_lora_draws_neon(pipeline: Any) -> None:
+def test_lora_draws_neon_outlines(pipeline: Any) -> None:
     with safe_open(LORA / "pytorch_lora_weights.safetensors", "pt") as file:
         assert all(".lora_A.weight" in name or ".lora_B.weight" in name for name in file.keys())  # noqa: SIM118
     prompt = f"a large green square, {NEON}"
@@ -89,6 +89,6 @@ def test_the_lora_draws_neon(pipeline: Any) -> None:
         neon = draw(pipeline, prompt)
     finally:
         pipeline.unload_lora_weights()
-    assert read_picture(neon).background == "black"
+    assert detect(neon).background == "black"
     inside = neon.resize((8, 8), Image.Resampling.BOX).crop((3, 3, 5, 5)).convert("L")
     assert inside.getextrema()[1] < 90, "an outline is dark inside"

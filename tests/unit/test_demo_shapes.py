@@ -1,4 +1,4 @@
-"""The demo's world of shapes: scenes, captions, pictures, and the reader that the evaluation trusts."""
+"""The demo's world of shapes: scenes, captions, pictures, and the detection that the evaluation uses."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-pytest.importorskip("scipy", reason="the reader needs the demo extra")
+pytest.importorskip("scipy", reason="the detection needs the demo extra")
 
 from PIL import Image, ImageFilter
 
 from shapes.captions import NEON, describe, vocabulary
+from shapes.detection import UNKNOWN, detect
 from shapes.drawing import draw_picture
 from shapes.judging import judge
-from shapes.reading import UNKNOWN, read_picture
 from shapes.scenes import COLOURS, PLACES, SHAPES, SIZES, Scene, Thing, draw_scene
 
 SIZES_PX = [(128, 128), (64, 64), (256, 256), (96, 160), (192, 128)]
@@ -38,10 +38,10 @@ def picture(scene: Scene, *, width: int = 128, height: int = 128) -> Image.Image
 
 
 def wrong(scene: Scene, shown: Image.Image) -> set[str]:
-    return {aspect for aspect, right in judge(scene, read_picture(shown)) if not right}
+    return {aspect for aspect, right in judge(scene, detect(shown)) if not right}
 
 
-def test_scenes_cover_the_world_and_keep_a_tenth_for_the_evaluation() -> None:
+def test_scenes_cover_all_values_and_hold_out_a_tenth() -> None:
     rng = random.Random(1)
     seen = [draw_scene(rng, held_out=False) for _ in range(4000)]
     things = [thing for scene in seen for thing in scene.things]
@@ -56,7 +56,7 @@ def test_scenes_cover_the_world_and_keep_a_tenth_for_the_evaluation() -> None:
     assert all(draw_scene(rng, held_out=True).held_out for _ in range(100))
 
 
-def test_things_are_inside_and_apart() -> None:
+def test_things_are_inside_the_picture_and_do_not_overlap() -> None:
     rng = random.Random(2)
     for _ in range(500):
         scene = draw_scene(rng, held_out=False)
@@ -68,7 +68,7 @@ def test_things_are_inside_and_apart() -> None:
             assert max(second.x - first.x, second.y - first.y) > first.radius + second.radius
 
 
-def test_captions_say_everything_in_words_of_the_vocabulary() -> None:
+def test_captions_are_complete_and_use_the_vocabulary() -> None:
     rng, words = random.Random(3), set(vocabulary())
     for _ in range(1000):
         scene = draw_scene(rng, held_out=False)
@@ -85,7 +85,7 @@ def test_captions_use_the_right_article() -> None:
     assert not any("a orange" in caption or "an yellow" in caption for caption in captions)
 
 
-def test_neon_is_outlines_on_black() -> None:
+def test_neon_pictures_are_outlines_on_black() -> None:
     scene = draw_scene(random.Random(4), held_out=False, two=False, style="neon")
     pixels = np.asarray(draw_picture(scene, width=128, height=128, rng=random.Random(0), style="neon")).max(axis=-1)
     thing = scene.things[0]
@@ -94,7 +94,7 @@ def test_neon_is_outlines_on_black() -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), SIZES_PX)
-def test_the_reader_is_right_about_drawn_pictures(width: int, height: int) -> None:
+def test_detection_is_right_about_drawn_pictures(width: int, height: int) -> None:
     rng = random.Random(width + height)
     for _ in range(80):
         scene = draw_scene(rng, held_out=rng.random() < 0.5)
@@ -102,7 +102,7 @@ def test_the_reader_is_right_about_drawn_pictures(width: int, height: int) -> No
 
 
 @pytest.mark.parametrize("blur", [0.7, 1.5])
-def test_the_reader_bears_soft_edges(blur: float) -> None:
+def test_detection_tolerates_soft_edges(blur: float) -> None:
     scene = two()
     assert wrong(scene, picture(scene).filter(ImageFilter.GaussianBlur(blur))) == set()
 
@@ -119,11 +119,11 @@ def test_the_reader_bears_soft_edges(blur: float) -> None:
     ],
     ids=["background", "colour", "shape", "place", "nothing", "one too many"],
 )
-def test_one_thing_judged_wrong(shown: Scene, missed: set[str]) -> None:
+def test_judge_reports_wrong_aspects_of_one_thing(shown: Scene, missed: set[str]) -> None:
     assert wrong(one(), picture(shown)) == missed
 
 
-def test_two_things_judged_wrong() -> None:
+def test_judge_reports_wrong_aspects_of_two_things() -> None:
     assert wrong(two(), picture(two())) == set()
     assert wrong(two(), picture(two(swapped=True))) == {"relation"}
     assert wrong(two(), picture(Scene("white", two().things[:1]))) == {"number", "colour", "shape", "relation"}
@@ -132,10 +132,10 @@ def test_two_things_judged_wrong() -> None:
     assert wrong(above, picture(above)) == set()
 
 
-def test_noise_shows_nothing() -> None:
+def test_noise_has_no_known_shape() -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (128, 128, 3), dtype=np.uint8))
     assert {"number", "shape"} <= wrong(two(), noise)
     blot = Image.new("RGB", (128, 128), COLOURS["white"])
     blot.paste(COLOURS["red"], (30, 30, 100, 34))
     blot.paste(COLOURS["red"], (30, 30, 34, 100))
-    assert read_picture(blot).things[0].shape == UNKNOWN
+    assert detect(blot).things[0].shape == UNKNOWN

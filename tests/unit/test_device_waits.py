@@ -1,7 +1,7 @@
-"""Steps and forwards never wait for the device, shown without one.
+"""Steps and forwards do not wait for the device. The tests need no GPU.
 
-The models are on torch's meta device, which refuses whatever would have to read a value back (``item``, ``nonzero``, a
-mask as an index). Copies to it are counted: on a GPU each waits for all that is queued, unless `devices.move` makes it.
+The models are on torch's meta device, which rejects operators that read a value back (``item``, ``nonzero``, a mask as
+an index). Copies to it are counted: on a GPU, a copy waits for all queued work unless `devices.move` makes it.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from genserve_backend import devices
 from genserve_backend.flux import denoise, prompts
 from genserve_backend.flux.checkpoint import FluxCheckpoint
 from genserve_backend.flux.denoise import Denoiser
-from genserve_backend.flux.image import Image
 from genserve_backend.flux.prompts import Embedding
 from genserve_backend.flux.request import parse
 from genserve_backend.flux.schedule import Scheduler
+from genserve_backend.flux.state import ImageState
 from genserve_backend.rerank import attention
 from genserve_backend.rerank.checkpoint import RerankCheckpoint
 from genserve_backend.rerank.request import RerankRequest
 from genserve_backend.rerank.scorers import SCORERS
 from genserve_backend.worker.engine import Job
 from genserve_backend.worker.messages import Submit
-from make_flux import make_flux
+from random_flux import write_random_flux
 
 META = torch.device("meta")
 SMALL = {"HEIGHT": 64, "WIDTH": 64}
@@ -40,7 +40,7 @@ GUIDED = {"NEGATIVE_PROMPT": "green"}
 
 
 class Copies(TorchDispatchMode):
-    """The operators that copy from the CPU to the meta device, but for those inside `devices.move`."""
+    """Records the operators that copy from the CPU to the meta device outside `devices.move`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         super().__init__()
@@ -76,12 +76,12 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> Copies:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> FluxCheckpoint:
     path = tmp_path_factory.mktemp("dev") / "dev"
-    make_flux(path)
-    return FluxCheckpoint.read(path)
+    write_random_flux(path)
+    return FluxCheckpoint.load(path)
 
 
 @pytest.fixture
-def images(checkpoint: FluxCheckpoint) -> tuple[Denoiser, Callable[..., Image]]:
+def images(checkpoint: FluxCheckpoint) -> tuple[Denoiser, Callable[..., ImageState]]:
     pipeline = FluxPipeline.from_pretrained(checkpoint.path, dtype=torch.bfloat16)
     pipeline.transformer.to(META)
     denoiser = Denoiser(pipeline, max_sequence_length=checkpoint.max_sequence_length)
@@ -92,10 +92,10 @@ def images(checkpoint: FluxCheckpoint) -> tuple[Denoiser, Callable[..., Image]]:
         torch.empty(config.pooled_projection_dim, device=META, dtype=torch.bfloat16),
     )
 
-    def make(number: int, **values: Any) -> Image:
+    def make(number: int, **values: Any) -> ImageState:
         request = parse({"PROMPT": "a circle", "STEPS": 9, "SEED": number, **values}, checkpoint, max_pixels=2**20)
         submit = Submit(number, str(number), request, time.monotonic() + 60)
-        image = Image(Job(submit, lambda event: None), request)
+        image = ImageState(Job(submit, lambda event: None), request)
         image.schedule = scheduler.plan(request.steps, request.tokens)
         image.latents = denoiser.noise(image)
         image.prompt, image.negative = embedding, embedding if request.guided else None
@@ -104,7 +104,7 @@ def images(checkpoint: FluxCheckpoint) -> tuple[Denoiser, Callable[..., Image]]:
     return denoiser, make
 
 
-def step(denoiser: Denoiser, batch: list[Image]) -> None:
+def step(denoiser: Denoiser, batch: list[ImageState]) -> None:
     for image, (latents, velocity) in zip(batch, denoiser.step(batch), strict=True):
         assert latents.shape == velocity.shape == image.latents.shape
         image.latents, image.velocity = latents, velocity
@@ -112,7 +112,7 @@ def step(denoiser: Denoiser, batch: list[Image]) -> None:
 
 
 @torch.inference_mode()
-def test_a_step_waits_for_nothing(images: tuple[Denoiser, Callable[..., Image]], copies: Copies) -> None:
+def test_step_does_not_wait_for_the_device(images: tuple[Denoiser, Callable[..., ImageState]], copies: Copies) -> None:
     denoiser, make = images
     with copies:
         batch = [make(1, **SMALL), make(2, **SMALL, **GUIDED), make(3, **WIDE)]
@@ -121,17 +121,17 @@ def test_a_step_waits_for_nothing(images: tuple[Denoiser, Callable[..., Image]],
         assert moved
         for _ in range(3):
             step(denoiser, batch)
-        assert copies.moved == moved, "a batch that stays the same needs nothing from the host"
+        assert copies.moved == moved, "an unchanged batch copies nothing from the host"
         batch.append(make(4, **SMALL, **GUIDED))  # images join and leave
         del batch[0]
         step(denoiser, batch)
     assert copies.waiting == []
 
 
-def test_the_engine_is_never_more_than_a_step_ahead(
-    images: tuple[Denoiser, Callable[..., Image]], monkeypatch: pytest.MonkeyPatch
+def test_engine_is_at_most_one_step_ahead(
+    images: tuple[Denoiser, Callable[..., ImageState]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A GPU only queues work: newcomers and cancellations would wait for all of it."""
+    """A GPU queues work without a limit: newcomers and cancellations would wait for all of it."""
     denoiser, make = images
     order: list[str] = []
 
@@ -144,7 +144,7 @@ def test_the_engine_is_never_more_than_a_step_ahead(
             order.append(f"wait for {self.number}")
 
     numbers = iter(range(9))
-    monkeypatch.setattr(denoise, "mark", lambda device: Event(next(numbers)))
+    monkeypatch.setattr(denoise, "record_event", lambda device: Event(next(numbers)))
     batch = [make(1, **SMALL)]
     with torch.inference_mode():
         for _ in range(3):
@@ -162,8 +162,8 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.inference_mode()
-def test_a_forward_makes_one_copy(kind: str, tmp_path: Path, copies: Copies) -> None:
-    checkpoint = RerankCheckpoint.read(KINDS[kind](tmp_path / "model"))
+def test_forward_makes_one_copy(kind: str, tmp_path: Path, copies: Copies) -> None:
+    checkpoint = RerankCheckpoint.load(KINDS[kind](tmp_path / "model"))
     scorer = SCORERS[checkpoint.kind](
         checkpoint,
         max_length=checkpoint.max_length,
@@ -174,11 +174,11 @@ def test_a_forward_makes_one_copy(kind: str, tmp_path: Path, copies: Copies) -> 
         prefix_cache_bytes=0,
     )
     request = RerankRequest("the capital of France", ("Paris", "Berlin is a city", "", "bamboo " * 20), None)
-    sequences = [sequence for part in scorer.read(request) for sequence in part.sequences]
+    sequences = [sequence for part in scorer.tokenize(request) for sequence in part.sequences]
     with copies:
         layout = scorer._lay_out(sequences)
         types = {"token_type_ids": layout.type_ids} if scorer._takes_types else {}
-        rows = scorer.rows(layout, layout.inputs | types)
+        rows = scorer.outputs(layout, layout.inputs | types)
     assert rows.shape[0] == len(sequences)
     assert copies.waiting == []
     assert copies.moved == 1

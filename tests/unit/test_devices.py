@@ -1,4 +1,4 @@
-"""Device helpers; the branches of GPUs with a mock of torch.cuda."""
+"""Device helpers; GPU branches run with a mock of torch.cuda."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 from genserve_backend import devices
 from genserve_backend.devices import (
     copy_together,
-    finish,
     hand_over,
-    mark,
     memory_bytes,
     move,
     own_stream,
+    record_event,
     resolve_dtype,
+    wait_for_stream,
 )
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 class MockCuda:
-    """The calls that reach torch.cuda, in order."""
+    """Records the calls to torch.cuda, in order."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[Any] = []
@@ -64,7 +64,7 @@ class MockCuda:
 
 
 class HostTensor:
-    """A host tensor that can be copied to a GPU that is not there."""
+    """A host tensor that can be copied to a missing GPU."""
 
     def __init__(self, calls: list[Any]) -> None:
         self.calls = calls
@@ -86,7 +86,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> MockCuda:
     return MockCuda(monkeypatch)
 
 
-def test_a_copy_to_a_gpu_is_pinned_and_waits_for_nothing() -> None:
+def test_move_to_a_gpu_is_pinned_and_non_blocking() -> None:
     calls: list[Any] = []
     tensor: Any = HostTensor(calls)
     move(tensor, CUDA)
@@ -96,7 +96,7 @@ def test_a_copy_to_a_gpu_is_pinned_and_waits_for_nothing() -> None:
     assert calls == [(CPU, False)]
 
 
-def test_lists_travel_together(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copy_together_makes_one_transfer(monkeypatch: pytest.MonkeyPatch) -> None:
     moved: list[torch.Tensor] = []
 
     def count(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -110,31 +110,31 @@ def test_lists_travel_together(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(moved) == 1
 
 
-def test_a_mark_on_a_gpu_lets_its_waiter_sleep(cuda: MockCuda) -> None:
-    assert mark(CPU) is None
+def test_recorded_event_lets_a_waiting_thread_sleep(cuda: MockCuda) -> None:
+    assert record_event(CPU) is None
     assert cuda.calls == []
-    assert mark(CUDA) is not None
+    assert record_event(CUDA) is not None
     assert cuda.calls == [("event", True), "record"]
 
 
-def test_a_result_is_waited_for_asleep(cuda: MockCuda) -> None:
-    finish(CPU)
+def test_wait_for_stream_sleeps_until_the_stream_is_done(cuda: MockCuda) -> None:
+    wait_for_stream(CPU)
     assert cuda.calls == []
-    finish(CUDA)
+    wait_for_stream(CUDA)
     assert cuda.calls == [("event", True), "record", "sleep"]
 
 
-def test_a_tensor_is_handed_over_between_streams(cuda: MockCuda) -> None:
+def test_hand_over_between_streams(cuda: MockCuda) -> None:
     tensor: Any = HostTensor(cuda.calls)
     hand_over(tensor, None)
     assert cuda.calls == []
-    event = mark(CUDA)
+    event = record_event(CUDA)
     cuda.calls.clear()
     hand_over(tensor, event)
     assert cuda.calls == [("stream", CUDA), "wait", "kept"]
 
 
-def test_a_stream_of_its_own(cuda: MockCuda) -> None:
+def test_own_stream_is_a_new_stream(cuda: MockCuda) -> None:
     with own_stream(CPU):
         assert cuda.calls == []
     with own_stream(CUDA):
@@ -142,7 +142,7 @@ def test_a_stream_of_its_own(cuda: MockCuda) -> None:
     assert cuda.calls[-1] == "leave"
 
 
-def test_memory_is_the_devices_or_the_processs(cuda: MockCuda) -> None:
+def test_memory_is_device_memory_or_resident_set(cuda: MockCuda) -> None:
     assert memory_bytes(CUDA) == 7
     assert memory_bytes(CPU) > 10 * 2**20
 
@@ -157,5 +157,5 @@ def test_memory_is_the_devices_or_the_processs(cuda: MockCuda) -> None:
     ],
     ids=str,
 )
-def test_arithmetic(dtype: Any, device: str, expected: torch.dtype) -> None:
+def test_resolve_dtype(dtype: Any, device: str, expected: torch.dtype) -> None:
     assert resolve_dtype(dtype, device) == expected

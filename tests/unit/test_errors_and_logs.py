@@ -1,4 +1,4 @@
-"""What is said about hostile values stays short and on one line, in answers and in the log."""
+"""Errors and log lines with hostile values stay short and on one line."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ hostile = pytest.mark.parametrize("value", HOSTILE.values(), ids=HOSTILE)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_the_wire_message_begins_with_the_kind(kind: type[RequestError]) -> None:
+def test_wire_message_starts_with_the_class_name(kind: type[RequestError]) -> None:
     assert kind("what happened").wire_message == f"{kind.__name__}: what happened"
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_errors_travel_between_processes(kind: type[RequestError]) -> None:
+def test_errors_can_be_pickled(kind: type[RequestError]) -> None:
     copy = pickle.loads(pickle.dumps(kind("what happened")))
     assert (type(copy), str(copy)) == (kind, "what happened")
 
@@ -61,20 +61,20 @@ def test_invalid_input_names_tensor_value_and_range() -> None:
 
 
 @hostile
-def test_shorten_gives_one_short_printable_line(value: object) -> None:
+def test_shorten_returns_one_short_printable_line(value: object) -> None:
     short = shorten(value)
     assert short.isprintable()
     assert len(short) <= 80
 
 
 @hostile
-def test_a_hostile_value_in_an_error_stays_short(value: object) -> None:
+def test_error_with_a_hostile_value_is_short(value: object) -> None:
     message = InvalidInput.of("PROMPT", value, "UTF-8 text").wire_message
     assert message.isprintable()
     assert len(message) <= 130
 
 
-def test_shorten_keeps_what_is_short_and_printable() -> None:
+def test_shorten_keeps_short_printable_text() -> None:
     assert shorten("a red circle \U0001f43c") == "a red circle \U0001f43c"
     assert shorten(1.5) == "1.5"
     assert shorten("x" * 80) == "x" * 80
@@ -84,7 +84,7 @@ def test_shorten_keeps_what_is_short_and_printable() -> None:
 
 @pytest.fixture
 def loggers() -> Iterator[None]:
-    """Puts the process-wide logging back as it was."""
+    """Restore the process-wide logging after the test."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     levels = {name: logging.getLogger(name).level for name in GENSERVE_LOGGERS}
@@ -104,7 +104,7 @@ def lines(loggers: None, monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
 
 
 def parse(line: str) -> dict[str, str]:
-    """A logfmt line, read back; fails unless every character of it belongs to a pair."""
+    """Parse a logfmt line; fail unless every character belongs to a pair."""
     matches = list(LOGFMT.finditer(line))
     assert "".join(match[0] for match in matches) == line
     return {
@@ -114,7 +114,7 @@ def parse(line: str) -> dict[str, str]:
 
 
 @hostile
-def test_a_log_line_is_one_line_and_reads_back(value: object, lines: io.StringIO) -> None:
+def test_log_line_is_one_line_and_can_be_parsed(value: object, lines: io.StringIO) -> None:
     logs.log(logging.getLogger("genserve_backend.test"), logging.INFO, f"event {value}", task_id=value, seconds=1.23456)
     text = lines.getvalue()
     assert text.endswith("\n")
@@ -129,7 +129,7 @@ def test_a_log_line_is_one_line_and_reads_back(value: object, lines: io.StringIO
     assert {"time", "pid"} <= fields.keys()
 
 
-def test_a_traceback_stays_on_its_line(lines: io.StringIO) -> None:
+def test_traceback_is_part_of_the_line(lines: io.StringIO) -> None:
     try:
         raise ValueError("first\nsecond")
     except ValueError:
@@ -155,7 +155,7 @@ def test_a_traceback_stays_on_its_line(lines: io.StringIO) -> None:
     ],
     ids=["unset", "upper", "lower", "error", "argument", "empty", "nonsense", "number"],
 )
-def test_the_level_comes_from_the_environment(
+def test_level_comes_from_the_environment(
     variable: str | None, argument: str | None, level: int, loggers: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("GENSERVE_LOG_LEVEL", raising=False)

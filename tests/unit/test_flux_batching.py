@@ -1,4 +1,4 @@
-"""Which FLUX images take a step together, and whose turn it is where they cannot."""
+"""Batching of FLUX images: which share a forward, and which take turns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Runner:
     name: str
     tokens: int
     level: int = 2
-    rows: int = 1
+    batch_rows: int = 1
     ran_at: int = 0
     ran: list[int] = field(default_factory=list)
 
@@ -28,7 +28,7 @@ def chosen(*running: Runner, tick: int = 1, max_tokens: int = 1_000, max_padding
 def run(
     *running: Runner, ticks: int, max_tokens: int = 1_000, max_padding: float = 0.0, first_tick: int = 0
 ) -> list[str]:
-    """Names of each tick's images, with the engine's way of counting ticks."""
+    """Return the names of the images of each tick, with ticks counted like in the engine."""
     batches = []
     for tick in range(first_tick, first_tick + ticks):
         batch = choose(running, tick=tick, max_tokens=max_tokens, max_padding=max_padding)
@@ -44,20 +44,20 @@ def longest_wait(runner: Runner, ticks: int) -> int:
     return max(later - sooner for sooner, later in pairwise(marks))
 
 
-def test_images_of_one_size_go_together() -> None:
+def test_images_of_one_size_share_a_forward() -> None:
     assert chosen(*(Runner(name, 64) for name in "abcd")) == "abcd"
 
 
-def test_levels_and_turns_part_nobody_of_one_size() -> None:
+def test_levels_and_turns_do_not_split_images_of_one_size() -> None:
     images = [Runner("a", 64, level=3, ran_at=5), Runner("b", 64, level=1), Runner("c", 64, ran_at=9)]
     assert chosen(*images, tick=9) == "abc"
 
 
-def test_the_order_is_that_of_the_places() -> None:
+def test_batch_keeps_the_order_of_the_slots() -> None:
     images = [Runner("a", 80, ran_at=3), Runner("b", 64, ran_at=1), Runner("c", 96, ran_at=4), Runner("d", 64)]
-    for places in (images, images[::-1], images[2:] + images[:2]):
-        expected = "".join(image.name for image in places)
-        assert chosen(*places, tick=5, max_padding=1.0) == expected
+    for slots in (images, images[::-1], images[2:] + images[:2]):
+        expected = "".join(image.name for image in slots)
+        assert chosen(*slots, tick=5, max_padding=1.0) == expected
 
 
 def test_without_padding_sizes_take_turns() -> None:
@@ -76,14 +76,14 @@ def test_no_size_starves(seed: int) -> None:
         assert longest_wait(image, 1_000) <= turns_of_others + len(images)
 
 
-def test_an_image_that_comes_late_does_not_wait_behind_everybody() -> None:
+def test_late_image_gets_a_turn_soon() -> None:
     old = [Runner("a", 64), Runner("b", 128)]
     run(*old, ticks=100)
     late = Runner("n", 32, ran_at=100)
     assert any("n" in batch for batch in run(*old, late, ticks=3, first_tick=100))
 
 
-def test_levels_get_their_share_of_the_turns() -> None:
+def test_levels_share_the_turns() -> None:
     images = [Runner(str(level), 10 * level + number, level=level) for level in TURNS for number in range(6)]
     batches = run(*images, ticks=4_200)
     shares = {level: batches.count(str(level)) for level in TURNS}
@@ -108,7 +108,7 @@ def test_padding_is_limited(max_padding: float, expected: str) -> None:
     assert chosen(*images, max_padding=max_padding) == expected
 
 
-def test_nearer_sizes_are_padded_first() -> None:
+def test_closest_sizes_are_padded_first() -> None:
     images = [Runner("a", 100), Runner("b", 60), Runner("c", 90), Runner("d", 70)]
     assert chosen(*images, max_tokens=200, max_padding=1.0) == "ac"
     assert chosen(*images, max_tokens=300, max_padding=1.0) == "acd"
@@ -120,7 +120,7 @@ def test_the_lead_may_be_the_smaller_one() -> None:
     assert chosen(*images, tick=1, max_padding=0.11) == "b"
 
 
-def test_an_image_that_joins_is_near_to_all() -> None:
+def test_padding_limit_applies_to_every_pair() -> None:
     images = [Runner("a", 100, ran_at=0), Runner("b", 80, ran_at=1), Runner("c", 125, ran_at=1)]
     assert chosen(*images, tick=1, max_padding=0.25) == "ab"
 
@@ -132,7 +132,7 @@ def test_tokens_are_limited(max_tokens: int, expected: str) -> None:
     assert chosen(*(Runner(name, 64) for name in "abcd"), max_tokens=max_tokens) == expected
 
 
-def test_those_who_did_not_fit_are_next() -> None:
+def test_images_that_did_not_fit_are_next() -> None:
     batches = run(*(Runner(name, 64) for name in "abcde"), ticks=5, max_tokens=128)
     assert all(len(batch) == 2 for batch in batches)
     assert set("".join(batches[:3])) == set("abcde")
@@ -144,25 +144,25 @@ def test_padding_counts_as_tokens() -> None:
     assert chosen(*images, max_tokens=200, max_padding=1.0) == "ab"
 
 
-def test_a_larger_image_runs_alone_and_in_its_turn() -> None:
+def test_oversized_image_runs_alone_in_its_turn() -> None:
     batches = run(Runner("L", 500), Runner("a", 64), Runner("b", 64), ticks=6, max_tokens=128, max_padding=9.0)
     assert sorted(batches) == ["L"] * 3 + ["ab"] * 3
 
 
 @pytest.mark.parametrize(("max_tokens", "expected"), [(2, "g"), (29, "g"), (30, "gp"), (49, "gp"), (50, "gph")])
-def test_a_guided_image_counts_two_rows(max_tokens: int, expected: str) -> None:
-    images = [Runner("g", 10, rows=2), Runner("p", 10), Runner("h", 10, rows=2)]
+def test_guided_image_counts_as_two_batch_rows(max_tokens: int, expected: str) -> None:
+    images = [Runner("g", 10, batch_rows=2), Runner("p", 10), Runner("h", 10, batch_rows=2)]
     assert chosen(*images, max_tokens=max_tokens) == expected
 
 
-def test_both_rows_of_a_guided_image_are_padded() -> None:
-    images = [Runner("a", 100), Runner("g", 90, rows=2)]
+def test_both_batch_rows_of_a_guided_image_are_padded() -> None:
+    images = [Runner("a", 100), Runner("g", 90, batch_rows=2)]
     assert chosen(*images, max_tokens=299, max_padding=0.25) == "a"
     assert chosen(*images, max_tokens=300, max_padding=0.25) == "ag"
 
 
 @pytest.mark.parametrize("seed", range(8))
-def test_the_limits_hold(seed: int) -> None:
+def test_limits_hold_for_random_images(seed: int) -> None:
     draw = random.Random(seed)
     for _ in range(300):
         running = [
@@ -172,7 +172,7 @@ def test_the_limits_hold(seed: int) -> None:
         max_tokens, max_padding = draw.randint(10, 600), draw.choice([0.0, 0.1, 0.25, 2.0])
         batch = choose(running, tick=20, max_tokens=max_tokens, max_padding=max_padding)
         assert batch == [runner for runner in running if runner in batch]
-        padded = max(runner.tokens for runner in batch) * sum(runner.rows for runner in batch)
+        padded = max(runner.tokens for runner in batch) * sum(runner.batch_rows for runner in batch)
         shortest = min(runner.tokens for runner in batch)
         assert padded <= max_tokens or len(batch) == 1
         assert max(runner.tokens for runner in batch) <= shortest * (1 + max_padding)

@@ -1,4 +1,4 @@
-"""What happens to images in the engine: places, pauses, ends, and whose failure is whose."""
+"""The FLUX engine: slots, preemption, cancellation, failures and metrics."""
 
 from __future__ import annotations
 
@@ -19,11 +19,21 @@ from turned_engine import PATIENCE_S, count
 from genserve_backend.errors import Cancelled, DeadlineExceeded, OutOfMemory, RequestError, ServerError
 from genserve_backend.flux import report as report_module
 from genserve_backend.flux.checkpoint import FluxCheckpoint
+from genserve_backend.flux.metrics import (
+    BATCH_SIZE,
+    DECODE_SECONDS,
+    DENOISE_SECONDS,
+    ENCODE_SECONDS,
+    PREEMPTIONS,
+    STEPS,
+)
 from genserve_backend.flux.request import FluxResult
 from genserve_backend.worker import engine as worker_engine
+from genserve_backend.worker import scheduling
 from genserve_backend.worker.isolate import DeviceLost
 from genserve_backend.worker.messages import Submit
-from make_flux import make_flux
+from genserve_backend.worker.metrics import DEVICE_MEMORY, RUNNING
+from random_flux import write_random_flux
 
 SMALL = {"HEIGHT": 64, "WIDTH": 64}
 Forward = Callable[..., Any]
@@ -32,8 +42,8 @@ Forward = Callable[..., Any]
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> FluxCheckpoint:
     path = tmp_path_factory.mktemp("dev") / "dev"
-    make_flux(path)
-    return FluxCheckpoint.read(path)
+    write_random_flux(path)
+    return FluxCheckpoint.load(path)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +53,7 @@ def shared(checkpoint: FluxCheckpoint) -> EngineRun:
 
 @pytest.fixture
 def engine(shared: EngineRun) -> Iterator[EngineRun]:
-    """The engine that the tests share; whatever one did to it, it goes on to work."""
+    """Return the shared engine, and check after the test that it still works."""
     yield shared
     (result,) = shared.run(shared.parse(STEPS=1, **SMALL))
     assert isinstance(result, FluxResult)
@@ -51,7 +61,7 @@ def engine(shared: EngineRun) -> Iterator[EngineRun]:
 
 @pytest.fixture
 def wrap(engine: EngineRun, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[Forward], Forward]], None]:
-    """Replaces a part's method: ``wrap("transformer.forward", lambda real: ...)``."""
+    """Return a function that replaces a method of a part: ``wrap("transformer.forward", lambda real: ...)``."""
     pipeline = engine.engine._denoiser._pipeline
 
     def wrap_it(name: str, make: Callable[[Forward], Forward]) -> None:
@@ -66,7 +76,7 @@ def kinds(results: list[FluxResult | RequestError]) -> list[type]:
     return [type(result) for result in results]
 
 
-def test_a_short_request_leaves_a_running_batch_first(engine: EngineRun) -> None:
+def test_short_request_leaves_a_running_batch_early(engine: EngineRun) -> None:
     long = engine.submit(engine.parse(STEPS=30, **SMALL))
     engine.turn(5)
     short = engine.submit(engine.parse(STEPS=2, **SMALL))
@@ -77,7 +87,7 @@ def test_a_short_request_leaves_a_running_batch_first(engine: EngineRun) -> None
     assert result.mean_batch_size == pytest.approx(1 + 2 / 30)
 
 
-def test_the_answer_says_where_the_time_went(engine: EngineRun) -> None:
+def test_result_has_timings(engine: EngineRun) -> None:
     (result,) = engine.run(engine.parse(STEPS=3))
     assert isinstance(result, FluxResult)
     parts = result.queue_s + result.encode_s + result.denoise_s + result.decode_s
@@ -87,13 +97,13 @@ def test_the_answer_says_where_the_time_went(engine: EngineRun) -> None:
     assert result.dtype == "float32"
 
 
-def test_progress_is_told_now_and_then(engine: EngineRun, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report_module, "PROGRESS_S", 3600.0)
+def test_progress_is_reported_at_intervals(engine: EngineRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduling, "PROGRESS_S", 3600.0)
     monkeypatch.setattr(engine.engine._reporter, "_preview_s", 3600.0)
     quiet = engine.submit(engine.parse(STEPS=5, **SMALL))
     engine.answer(quiet)
     assert [event.step for event in engine.progress[quiet]] == [0]
-    monkeypatch.setattr(report_module, "PROGRESS_S", 0.0)
+    monkeypatch.setattr(scheduling, "PROGRESS_S", 0.0)
     told = engine.submit(engine.parse(STEPS=5, **SMALL))
     engine.answer(told)
     assert [(event.step, event.steps) for event in engine.progress[told]] == [(step, 5) for step in range(5)]
@@ -110,7 +120,7 @@ def test_previews_are_small_jpegs(engine: EngineRun, monkeypatch: pytest.MonkeyP
     assert (image.format, image.size) == ("JPEG", (128, 64))
 
 
-def test_cancelled_while_running(engine: EngineRun) -> None:
+def test_running_image_can_be_cancelled(engine: EngineRun) -> None:
     unwanted, wanted = (engine.submit(engine.parse(STEPS=20, SEED=seed, **SMALL)) for seed in (1, 2))
     engine.turn(5)
     engine.engine.cancel(unwanted)
@@ -119,31 +129,35 @@ def test_cancelled_while_running(engine: EngineRun) -> None:
     assert isinstance(engine.answer(wanted), FluxResult)
 
 
-def test_cancelled_while_its_image_is_decoded(engine: EngineRun, wrap: Any) -> None:
-    def slow(real: Forward) -> Forward:
+def test_image_can_be_cancelled_during_decoding(engine: EngineRun, wrap: Any) -> None:
+    hold = threading.Event()
+
+    def held(real: Forward) -> Forward:
         def decode(*arguments: Any, **options: Any) -> Any:
-            time.sleep(0.3)
+            hold.wait(PATIENCE_S)
             return real(*arguments, **options)
 
         return decode
 
-    wrap("vae.decode", slow)
+    wrap("vae.decode", held)
     first = engine.submit(engine.parse(STEPS=1, **SMALL))
     second = engine.submit(engine.parse(STEPS=1, HEIGHT=64, WIDTH=128))
     engine.turn_until(lambda: engine.engine._decoder.pending == 2)
     engine.engine.cancel(second)
+    engine.turn()
+    hold.set()
     assert isinstance(engine.answer(first), FluxResult)
     assert type(engine.answer(second)) is Cancelled
 
 
-def test_a_deadline_passes_while_it_runs(engine: EngineRun) -> None:
+def test_running_image_fails_at_its_deadline(engine: EngineRun) -> None:
     late = engine.submit(engine.parse(STEPS=100), within_s=0.2)
     wanted = engine.submit(engine.parse(STEPS=2))
     assert type(engine.answer(late)) is DeadlineExceeded
     assert isinstance(engine.answer(wanted), FluxResult)
 
 
-def test_a_deadline_passes_while_it_waits(checkpoint: FluxCheckpoint) -> None:
+def test_waiting_image_fails_at_its_deadline(checkpoint: FluxCheckpoint) -> None:
     engine = EngineRun(checkpoint, max_running=1)
     running = engine.submit(engine.parse(STEPS=40))
     late = engine.submit(engine.parse(STEPS=1), within_s=0.1)
@@ -152,7 +166,7 @@ def test_a_deadline_passes_while_it_waits(checkpoint: FluxCheckpoint) -> None:
     assert isinstance(engine.answer(running), FluxResult)
 
 
-def test_urgent_images_pause_others_which_go_on_afterwards(checkpoint: FluxCheckpoint) -> None:
+def test_preempted_images_continue_unchanged(checkpoint: FluxCheckpoint) -> None:
     engine = EngineRun(checkpoint, max_running=2)
     requests = [engine.parse(STEPS=20, SEED=seed, **SMALL) for seed in range(3)]
     alone = [engine.images(request)[0] for request in requests]
@@ -164,18 +178,18 @@ def test_urgent_images_pause_others_which_go_on_afterwards(checkpoint: FluxCheck
     assert jobs[1] not in engine.answers
     together = [pixels(engine.answer(job)) for job in (*jobs, urgent)]
     assert all(same(*pair) for pair in zip(alone, together, strict=True))
-    engine.turn_until(lambda: count(engine.beats, "preemptions") == 1)
+    engine.turn_until(lambda: count(engine.heartbeats, PREEMPTIONS) == 1)
 
 
-def test_an_image_above_the_token_budget_runs_alone(checkpoint: FluxCheckpoint) -> None:
+def test_image_above_the_token_limit_runs_alone(checkpoint: FluxCheckpoint) -> None:
     engine = EngineRun(checkpoint, max_batched_tokens=64, max_padding=10.0)
     small, large = engine.parse(STEPS=3, **SMALL), engine.parse(STEPS=3, HEIGHT=192, WIDTH=192)
     results = engine.run(small, small, large)
     assert [result.mean_batch_size for result in results if isinstance(result, FluxResult)] == [2, 2, 1]
 
 
-def test_latents_that_are_not_finite_are_their_requests_own(engine: EngineRun, wrap: Any) -> None:
-    def poisoned(real: Forward) -> Forward:
+def test_infinite_latents_fail_only_their_request(engine: EngineRun, wrap: Any) -> None:
+    def with_nan(real: Forward) -> Forward:
         def forward(hidden_states: torch.Tensor, guidance: torch.Tensor, **rest: Any) -> Any:
             (rows,) = real(hidden_states=hidden_states, guidance=guidance, **rest)
             rows[guidance == 13.0] = float("nan")
@@ -185,7 +199,7 @@ def test_latents_that_are_not_finite_are_their_requests_own(engine: EngineRun, w
 
     fine = [engine.parse(STEPS=3, SEED=seed, **SMALL) for seed in range(3)]
     alone = [engine.images(request)[0] for request in fine]
-    wrap("transformer.forward", poisoned)
+    wrap("transformer.forward", with_nan)
     bad = engine.parse(STEPS=3, GUIDANCE=13.0, **SMALL)
     results = engine.run(fine[0], bad, *fine[1:])
     error = results.pop(1)
@@ -206,7 +220,7 @@ def out_of_memory_above(rows: int) -> Callable[[Forward], Forward]:
     return make
 
 
-def test_a_batch_that_does_not_fit_is_halved(engine: EngineRun, wrap: Any) -> None:
+def test_batch_that_does_not_fit_is_halved(engine: EngineRun, wrap: Any) -> None:
     requests = [engine.parse(STEPS=4, SEED=seed, **SMALL) for seed in range(7)]
     alone = [engine.images(request)[0] for request in requests]
     wrap("transformer.forward", out_of_memory_above(3 * 16))
@@ -214,7 +228,7 @@ def test_a_batch_that_does_not_fit_is_halved(engine: EngineRun, wrap: Any) -> No
     assert all(same(one, pixels(result)) for one, result in zip(alone, results, strict=True))
 
 
-def test_an_image_that_does_not_fit_alone_is_told_so(engine: EngineRun, wrap: Any) -> None:
+def test_image_that_does_not_fit_alone_gets_out_of_memory(engine: EngineRun, wrap: Any) -> None:
     wrap("transformer.forward", out_of_memory_above(100))
     results = engine.run(
         engine.parse(STEPS=3, **SMALL), engine.parse(STEPS=3, HEIGHT=192, WIDTH=192), engine.parse(STEPS=3, **SMALL)
@@ -223,7 +237,7 @@ def test_an_image_that_does_not_fit_alone_is_told_so(engine: EngineRun, wrap: An
     assert "192 x 192 pixels" in str(results[1])
 
 
-def test_a_decoding_that_fails_is_its_requests_own(engine: EngineRun, wrap: Any) -> None:
+def test_failing_decoding_fails_only_its_request(engine: EngineRun, wrap: Any) -> None:
     def broken(real: Forward) -> Forward:
         def decode(latents: torch.Tensor, **options: Any) -> Any:
             if latents.shape[-1] == 24:
@@ -240,9 +254,7 @@ def test_a_decoding_that_fails_is_its_requests_own(engine: EngineRun, wrap: Any)
     assert kinds(results) == [FluxResult, OutOfMemory, FluxResult, FluxResult, FluxResult]
 
 
-def test_a_prompt_that_cannot_be_encoded_is_its_requests_own(
-    engine: EngineRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_prompt_fails_only_its_request(engine: EngineRun, monkeypatch: pytest.MonkeyPatch) -> None:
     real = engine.engine._encoder._forward
 
     def forward(texts: Any) -> Any:
@@ -257,7 +269,7 @@ def test_a_prompt_that_cannot_be_encoded_is_its_requests_own(
     assert "secret" not in str(results[1])
 
 
-def test_a_lost_device_ends_the_engine(checkpoint: FluxCheckpoint) -> None:
+def test_lost_device_ends_the_engine(checkpoint: FluxCheckpoint) -> None:
     engine = EngineRun(checkpoint)
 
     def forward(**_: Any) -> None:
@@ -270,15 +282,15 @@ def test_a_lost_device_ends_the_engine(checkpoint: FluxCheckpoint) -> None:
 
 
 @pytest.mark.parametrize("thread", ["decode", "write"])
-def test_a_thread_that_hangs_is_told_with_every_beat(
+def test_heartbeats_report_a_hanging_thread(
     thread: str, checkpoint: FluxCheckpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_engine, "BEAT_S", 0.0)
+    monkeypatch.setattr(worker_engine, "HEARTBEAT_S", 0.0)
     engine = EngineRun(checkpoint)
     hold = threading.Event()
     owner, name = {
         "decode": (engine.engine._decoder._pipeline, "_unpack_latents"),
-        "write": (engine.engine._decoder._keeper, "keep"),
+        "write": (engine.engine._decoder._archive, "save"),
     }[thread]
     original = getattr(owner, name)
 
@@ -288,13 +300,13 @@ def test_a_thread_that_hangs_is_told_with_every_beat(
 
     monkeypatch.setattr(owner, name, hang)
     job = engine.submit(engine.parse(STEPS=1, **SMALL))
-    engine.turn_until(lambda: bool(engine.beats) and engine.beats[-1].stalled_s > 0.2)
+    engine.turn_until(lambda: bool(engine.heartbeats) and engine.heartbeats[-1].stalled_s > 0.2)
     hold.set()
     assert isinstance(engine.answer(job), FluxResult)
-    engine.turn_until(lambda: engine.beats[-1].stalled_s == 0.0)
+    engine.turn_until(lambda: engine.heartbeats[-1].stalled_s == 0.0)
 
 
-def test_the_time_of_an_image_counts_from_its_arrival(engine: EngineRun) -> None:
+def test_timings_start_at_the_arrival(engine: EngineRun) -> None:
     arrived = time.monotonic() - 5.0
     engine.engine.submit(Submit(77, "t", engine.parse(STEPS=1, **SMALL), time.monotonic() + 60, arrived=arrived))
     result = engine.answer(77)
@@ -302,20 +314,22 @@ def test_the_time_of_an_image_counts_from_its_arrival(engine: EngineRun) -> None
     assert 5.0 <= result.queue_s <= result.elapsed_time < 15.0
 
 
-def test_an_operator_can_count(checkpoint: FluxCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_engine, "BEAT_S", 0.0)
+def test_heartbeats_carry_the_metrics(checkpoint: FluxCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_engine, "HEARTBEAT_S", 0.0)
     engine = EngineRun(checkpoint)
     engine.run(*(engine.parse(STEPS=steps, **SMALL) for steps in (2, 3)))
     engine.turn()
-    assert count(engine.beats, "steps") == 5
-    assert sorted(size for beat in engine.beats for size in beat.batch_sizes) == [1, 2, 2]
-    assert all(count(engine.beats, f"{stage}_seconds") > 0 for stage in ("encode", "denoise", "decode"))
-    assert max(beat.gauges["running"] for beat in engine.beats) == 2
-    assert engine.beats[-1].gauges["running"] == 0
-    assert engine.beats[-1].gauges["device_memory_bytes"] > 1e6
+    assert count(engine.heartbeats, STEPS) == 5
+    sizes = (size for heartbeat in engine.heartbeats for size in heartbeat.observations[BATCH_SIZE])
+    assert sorted(sizes) == [1, 2, 2]
+    for stage in (ENCODE_SECONDS, DENOISE_SECONDS, DECODE_SECONDS):
+        assert count(engine.heartbeats, stage) > 0
+    assert max(heartbeat.gauges[RUNNING] for heartbeat in engine.heartbeats) == 2
+    assert engine.heartbeats[-1].gauges[RUNNING] == 0
+    assert engine.heartbeats[-1].gauges[DEVICE_MEMORY] > 1e6
 
 
-def test_it_asks_for_as_many_requests_as_it_has_places(checkpoint: FluxCheckpoint) -> None:
+def test_engine_grants_its_free_slots(checkpoint: FluxCheckpoint) -> None:
     engine = EngineRun(checkpoint, max_running=3, max_gpu_queue_size=0)
     engine.turn()
     assert engine.granted == 3
@@ -328,7 +342,7 @@ def test_it_asks_for_as_many_requests_as_it_has_places(checkpoint: FluxCheckpoin
     assert engine.granted == 6
 
 
-def test_images_are_kept_where_the_operator_wants_them(checkpoint: FluxCheckpoint, tmp_path: Path) -> None:
+def test_images_are_archived(checkpoint: FluxCheckpoint, tmp_path: Path) -> None:
     engine = EngineRun(checkpoint, save_test_images=tmp_path / "kept")
     job = engine.submit(engine.parse(STEPS=1, FORMAT="webp", **SMALL))
     result = engine.answer(job)

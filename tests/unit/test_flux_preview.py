@@ -14,11 +14,11 @@ from diffusers import FluxPipeline
 from PIL import Image
 from torch.nn import functional
 
+from genserve_backend.flux.build import load_pipeline
 from genserve_backend.flux.checkpoint import FluxCheckpoint
-from genserve_backend.flux.load import load_pipeline
 from genserve_backend.flux.preview import PREVIEW_PIXELS, Previewer
 from genserve_backend.settings import FluxSettings
-from make_flux import make_flux
+from random_flux import write_random_flux
 
 CHANNELS = 16
 
@@ -28,8 +28,8 @@ Array = np.ndarray[Any, Any]
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> FluxPipeline:
     path = tmp_path_factory.mktemp("preview") / "dev"
-    make_flux(path)
-    return load_pipeline(FluxCheckpoint.read(path), FluxSettings(model_path=path), "cpu")
+    write_random_flux(path)
+    return load_pipeline(FluxCheckpoint.load(path), FluxSettings(model_path=path), "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def previewer(pipeline: FluxPipeline) -> Previewer:
 
 
 def smooth(seed: int, height: int, width: int, *, patch: int = 32) -> torch.Tensor:
-    """Latents ``[1, 16, height / 8, width / 8]`` of soft shapes."""
+    """Return latents ``[1, 16, height / 8, width / 8]`` of soft shapes."""
     noise = torch.randn(1, CHANNELS, height // patch, width // patch, generator=torch.Generator().manual_seed(seed))
     return functional.interpolate(noise, size=(height // 8, width // 8), mode="bicubic")
 
@@ -56,7 +56,7 @@ def opened(data: bytes) -> Image.Image:
 
 
 def decoded(pipeline: FluxPipeline, latents: torch.Tensor, size: tuple[int, int]) -> Array:
-    """What the VAE makes of `latents`, as small as the preview."""
+    """Return the image that the VAE decodes from `latents`, in the size of the preview."""
     config = pipeline.vae.config
     with torch.inference_mode():
         pixels = pipeline.vae.decode(latents / config.scaling_factor + config.shift_factor, return_dict=False)[0]
@@ -69,7 +69,7 @@ def likeness(one: Array, other: Array) -> float:
 
 
 @pytest.mark.parametrize(("height", "width"), [(128, 128), (256, 512)], ids=["square", "wide"])
-def test_a_preview_looks_like_its_image_and_no_other(
+def test_preview_resembles_its_own_image_most(
     pipeline: FluxPipeline, previewer: Previewer, height: int, width: int
 ) -> None:
     latents = [smooth(seed, height, width) for seed in range(5)]
@@ -77,13 +77,13 @@ def test_a_preview_looks_like_its_image_and_no_other(
     images = [decoded(pipeline, each, previews[0].size) for each in latents]
     for index, preview in enumerate(previews):
         alike = [likeness(np.asarray(preview, float), image) for image in images]
-        # The demo's VAE blurs far beyond a latent, so no map of single latents can do much better: 0.47 to 0.71.
+        # The demo's VAE blurs far beyond a latent, which limits every map of single latents: 0.47 to 0.71.
         assert alike[index] > 0.4
         assert max(range(len(images)), key=alike.__getitem__) == index
 
 
 class LinearVAE:
-    """A VAE whose pixels are a linear map of its latents, so that a preview can be right."""
+    """A VAE with a linear decoder, so that a preview can be exact."""
 
     device, dtype = torch.device("cpu"), torch.float32
     config = SimpleNamespace(scaling_factor=0.4, shift_factor=2.0, latent_channels=CHANNELS)
@@ -99,11 +99,11 @@ class LinearVAE:
         return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: latents))
 
     def decode(self, latents: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
-        colours = torch.einsum("oc,bchw->bohw", self.map, latents) + self.base[:, None, None]
-        return (functional.interpolate(colours, scale_factor=8),)
+        colors = torch.einsum("oc,bchw->bohw", self.map, latents) + self.base[:, None, None]
+        return (functional.interpolate(colors, scale_factor=8),)
 
     def levels(self, latents: torch.Tensor) -> Array:
-        """The pixels, one for each of the transformer's `latents`."""
+        """Return the pixels, one per position of the transformer's `latents`."""
         latents = latents / self.config.scaling_factor + self.config.shift_factor
         pixels = self.decode(latents, return_dict=False)[0][0, :, ::8, ::8]
         levels: Array = ((pixels.clamp(-1, 1) + 1) * 127.5).permute(1, 2, 0).numpy()
@@ -117,14 +117,14 @@ def linear() -> SimpleNamespace:
     return SimpleNamespace(vae=vae, previewer=Previewer(stand_in))
 
 
-def test_what_is_linear_is_previewed_exactly(linear: SimpleNamespace) -> None:
+def test_preview_is_exact_for_a_linear_vae(linear: SimpleNamespace) -> None:
     latents = smooth(3, 1024, 1024, patch=256)
     preview = np.asarray(opened(jpeg(linear.previewer, latents)), float)
     assert np.abs(preview - linear.vae.levels(latents)).mean() < 3
 
 
 @pytest.mark.parametrize("strength", [1, 100], ids=["as-usual", "out-of-range"])
-def test_plain_latents_are_a_plain_colour(linear: SimpleNamespace, strength: int) -> None:
+def test_plain_latents_give_a_plain_color(linear: SimpleNamespace, strength: int) -> None:
     plain = torch.randn(1, CHANNELS, 1, 1, generator=torch.Generator().manual_seed(5)) * strength
     latents = plain.repeat(1, 1, 32, 64)
     preview = np.asarray(opened(jpeg(linear.previewer, latents)), float)
@@ -144,7 +144,7 @@ def test_plain_latents_are_a_plain_colour(linear: SimpleNamespace, strength: int
     ],
     ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else str(value),
 )
-def test_a_preview_has_the_shape_of_its_image(
+def test_preview_keeps_the_aspect_ratio(
     linear: SimpleNamespace, height: int, width: int, size: tuple[int, int]
 ) -> None:
     assert max(size) == PREVIEW_PIXELS
@@ -158,22 +158,20 @@ def test_a_preview_has_the_shape_of_its_image(
         pytest.param(lambda: smooth(0, 1024, 1024, patch=8) * 3, id="noise"),
     ],
 )
-def test_a_preview_is_small_in_bytes(previewer: Previewer, make: Callable[[], torch.Tensor]) -> None:
+def test_preview_has_few_bytes(previewer: Previewer, make: Callable[[], torch.Tensor]) -> None:
     data = jpeg(previewer, make())
     opened(data).load()
     assert len(data) < 16_000
 
 
-def test_latents_of_any_dtype_are_previewed(previewer: Previewer) -> None:
+def test_preview_accepts_any_dtype(previewer: Previewer) -> None:
     latents = smooth(0, 128, 128)
     exact = np.asarray(opened(jpeg(previewer, latents)), float)
     rounded = np.asarray(opened(jpeg(previewer, latents.bfloat16())), float)
     assert np.abs(exact - rounded).mean() < 3
 
 
-def test_the_same_checkpoint_gives_the_same_previews_and_random_numbers_stay_as_they_were(
-    pipeline: FluxPipeline, previewer: Previewer
-) -> None:
+def test_fit_is_deterministic_and_restores_the_random_state(pipeline: FluxPipeline, previewer: Previewer) -> None:
     latents = smooth(0, 128, 128)
     first = jpeg(previewer, latents)
     torch.manual_seed(77)

@@ -1,4 +1,4 @@
-"""Prompts to embeddings: FluxPipeline's, each made once, within a budget of memory."""
+"""Prompt encoding: parity with FluxPipeline, batches, cache and failures."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import torch
 from diffusers import FluxPipeline
 
 from genserve_backend.errors import OutOfMemory, RequestError, ServerError
+from genserve_backend.flux.build import load_pipeline
 from genserve_backend.flux.checkpoint import FluxCheckpoint
-from genserve_backend.flux.load import load_pipeline
 from genserve_backend.flux.prompts import MAX_PROMPTS, Embedding, PromptEncoder
 from genserve_backend.settings import FluxSettings
-from make_flux import make_flux
+from random_flux import write_random_flux
 
 PLENTY = 2**30
 LENGTH = 64
@@ -30,14 +30,14 @@ TEXTS = {
     "control-characters": "a\x00b\r\n\tc",
     "decomposed": "cafe\u0301 \ufb01sh",
 }
-UNREADABLE = "a lone surrogate \ud800"
+NOT_UTF8 = "a lone surrogate \ud800"
 
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory: pytest.TempPathFactory) -> FluxPipeline:
     path = tmp_path_factory.mktemp("prompts") / "dev"
-    make_flux(path)
-    checkpoint = FluxCheckpoint.read(path)
+    write_random_flux(path)
+    checkpoint = FluxCheckpoint.load(path)
     assert checkpoint.max_sequence_length == LENGTH
     return load_pipeline(checkpoint, FluxSettings(model_path=path), "cpu")
 
@@ -50,7 +50,7 @@ def _no_gradients() -> Iterator[None]:
 
 @pytest.fixture
 def forwards(pipeline: FluxPipeline) -> Iterator[list[int]]:
-    """The batch size of each of T5's forwards."""
+    """Return the batch sizes of T5's forwards."""
     sizes: list[int] = []
     handle = pipeline.text_encoder_2.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     yield sizes
@@ -78,22 +78,22 @@ def is_reference(pipeline: FluxPipeline, text: str, embedding: Embedding) -> boo
 
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
-def test_an_embedding_is_diffusers_embedding(pipeline: FluxPipeline, text: str) -> None:
+def test_embedding_equals_diffusers(pipeline: FluxPipeline, text: str) -> None:
     assert is_reference(pipeline, text, encode(encoder(pipeline), text)[text])
 
 
-def test_texts_that_are_encoded_together_keep_apart(pipeline: FluxPipeline) -> None:
+def test_batched_texts_do_not_mix(pipeline: FluxPipeline) -> None:
     found = encode(encoder(pipeline), *TEXTS.values())
     assert all(is_reference(pipeline, text, embedding) for text, embedding in found.items())
     assert not is_reference(pipeline, "a dog", found["a cat"])
 
 
-def test_nothing_to_encode(pipeline: FluxPipeline, forwards: list[int]) -> None:
+def test_no_texts_need_no_forward(pipeline: FluxPipeline, forwards: list[int]) -> None:
     assert encoder(pipeline).encode([]) == ({}, {})
     assert forwards == []
 
 
-def test_a_text_is_encoded_once(pipeline: FluxPipeline, forwards: list[int]) -> None:
+def test_text_is_encoded_once(pipeline: FluxPipeline, forwards: list[int]) -> None:
     prompts = encoder(pipeline)
     first = encode(prompts, "a", "b", "a")
     assert forwards == [2]
@@ -105,12 +105,12 @@ def test_a_text_is_encoded_once(pipeline: FluxPipeline, forwards: list[int]) -> 
     assert forwards == [2, 1]
 
 
-def test_texts_that_differ_in_whitespace_alone_are_two(pipeline: FluxPipeline, forwards: list[int]) -> None:
+def test_whitespace_makes_texts_different(pipeline: FluxPipeline, forwards: list[int]) -> None:
     encode(encoder(pipeline), "a cat", "a cat ")
     assert forwards == [2]
 
 
-def test_many_texts_go_in_forwards_of_limited_size(pipeline: FluxPipeline, forwards: list[int]) -> None:
+def test_forwards_have_a_limited_size(pipeline: FluxPipeline, forwards: list[int]) -> None:
     texts = [f"cat number {index}" for index in range(2 * MAX_PROMPTS + 3)]
     found = encode(encoder(pipeline), *texts)
     assert forwards == [MAX_PROMPTS, MAX_PROMPTS, 3]
@@ -122,7 +122,7 @@ def size_of_one(pipeline: FluxPipeline) -> int:
     return encode(encoder(pipeline), "a")["a"].size
 
 
-def test_the_least_recently_used_goes_first(pipeline: FluxPipeline, forwards: list[int]) -> None:
+def test_least_recently_used_is_evicted_first(pipeline: FluxPipeline, forwards: list[int]) -> None:
     prompts = encoder(pipeline, cache_bytes=3 * size_of_one(pipeline))
     encode(prompts, "a", "b", "c")
     encode(prompts, "a")
@@ -139,7 +139,7 @@ def test_the_least_recently_used_goes_first(pipeline: FluxPipeline, forwards: li
 
 
 @pytest.mark.parametrize("room", [0.0, 0.99, 1.0, 2.5, 5.0], ids=lambda room: f"room-for-{room}")
-def test_the_cache_stays_within_its_bytes(pipeline: FluxPipeline, forwards: list[int], room: float) -> None:
+def test_cache_stays_within_its_bytes(pipeline: FluxPipeline, forwards: list[int], room: float) -> None:
     limit = int(room * size_of_one(pipeline))
     prompts = encoder(pipeline, cache_bytes=limit)
     draw = random.Random(0)
@@ -151,7 +151,7 @@ def test_the_cache_stays_within_its_bytes(pipeline: FluxPipeline, forwards: list
     assert prompts.cached_bytes == int(room) * size_of_one(pipeline)
 
 
-def test_without_a_cache_every_text_is_encoded_anew(pipeline: FluxPipeline, forwards: list[int]) -> None:
+def test_without_a_cache_every_text_is_encoded(pipeline: FluxPipeline, forwards: list[int]) -> None:
     prompts = encoder(pipeline, cache_bytes=0)
     encode(prompts, "a", "b")
     encode(prompts, "a", "b")
@@ -159,7 +159,7 @@ def test_without_a_cache_every_text_is_encoded_anew(pipeline: FluxPipeline, forw
     assert prompts.cached_bytes == 0
 
 
-def test_a_kept_embedding_keeps_no_more_memory_than_is_counted(pipeline: FluxPipeline) -> None:
+def test_cached_embedding_holds_only_its_own_memory(pipeline: FluxPipeline) -> None:
     for embedding in encode(encoder(pipeline), *"abcdef").values():
         held = embedding.tokens.untyped_storage().nbytes() + embedding.pooled.untyped_storage().nbytes()
         assert held == embedding.size
@@ -173,7 +173,7 @@ def test_a_kept_embedding_keeps_no_more_memory_than_is_counted(pipeline: FluxPip
     ],
     ids=["defect", "out-of-memory"],
 )
-def test_a_text_that_cannot_be_encoded_fails_alone(
+def test_failing_text_fails_alone(
     pipeline: FluxPipeline, forwards: list[int], raised: Exception, kind: type[RequestError], message: str
 ) -> None:
     bad = pipeline.tokenizer_2("a bad", padding="max_length", max_length=LENGTH, return_tensors="pt").input_ids[0]
@@ -203,8 +203,8 @@ def test_a_text_that_cannot_be_encoded_fails_alone(
     assert forwards == [1]
 
 
-def test_a_text_that_the_tokenizer_refuses_fails_alone(pipeline: FluxPipeline) -> None:
-    found, failed = encoder(pipeline).encode(["a", UNREADABLE, "b"])
+def test_text_that_cannot_be_tokenized_fails_alone(pipeline: FluxPipeline) -> None:
+    found, failed = encoder(pipeline).encode(["a", NOT_UTF8, "b"])
     assert found.keys() == {"a", "b"}
-    assert failed.keys() == {UNREADABLE}
-    assert type(failed[UNREADABLE]) is ServerError
+    assert failed.keys() == {NOT_UTF8}
+    assert type(failed[NOT_UTF8]) is ServerError

@@ -1,4 +1,4 @@
-"""What a FLUX request may hold, what fills its gaps, and what is said about the rest."""
+"""FLUX requests: ranges, defaults and errors."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def flux(checkpoint: FluxCheckpoint = DEV, max_pixels: int = MAX_PIXELS, **value
     return parse({"PROMPT": "a cat", **values}, checkpoint, max_pixels=max_pixels)
 
 
-def refusal(**values: Any) -> str:
+def rejection(**values: Any) -> str:
     with pytest.raises(InvalidInput) as caught:
         flux(**values)
     message = str(caught.value)
@@ -36,7 +36,7 @@ def refusal(**values: Any) -> str:
     [(DEV, 1024, 28, 3.5, 512), (SCHNELL, 512, 4, 0.0, 256)],
     ids=["dev", "schnell"],
 )
-def test_the_checkpoint_fills_the_gaps(
+def test_checkpoint_provides_the_defaults(
     checkpoint: FluxCheckpoint, size: int, steps: int, guidance: float, tokens: int
 ) -> None:
     request = flux(checkpoint, SEED=7)
@@ -46,7 +46,7 @@ def test_the_checkpoint_fills_the_gaps(
     assert (request.format, request.encoding, request.seed) == ("png", "binary", 7)
 
 
-def test_what_is_given_is_kept() -> None:
+def test_given_values_are_used() -> None:
     values: dict[str, Any] = {
         "NEGATIVE_PROMPT": "dogs",
         "TRUE_CFG_SCALE": 2.5,
@@ -87,7 +87,7 @@ def test_what_is_given_is_kept() -> None:
     ],
     ids=lambda value: value if isinstance(value, str) and len(value) < 20 else repr(value)[:20],
 )
-def test_the_limits_themselves_are_allowed(tensor: str, value: Any) -> None:
+def test_limits_are_inclusive(tensor: str, value: Any) -> None:
     assert getattr(flux(**{tensor: value}), tensor.lower()) == value
 
 
@@ -121,17 +121,17 @@ def test_the_limits_themselves_are_allowed(tensor: str, value: Any) -> None:
     ],
     ids=lambda value: value.partition(";")[0] if isinstance(value, str) and " is " in value else "",
 )
-def test_beyond_the_limits_is_refused_by_tensor_value_and_range(tensor: str, value: Any, message: str) -> None:
-    assert refusal(**{tensor: value}) == message
+def test_error_names_tensor_value_and_range(tensor: str, value: Any, message: str) -> None:
+    assert rejection(**{tensor: value}) == message
 
 
-def test_just_beyond_the_limit_in_the_tensors_own_arithmetic() -> None:
+def test_next_float32_beyond_the_limit_is_rejected() -> None:
     beyond = np.nextafter(np.float32(20), np.float32(21)).item()
-    assert refusal(GUIDANCE=beyond).startswith("GUIDANCE is 20.00000")
-    assert refusal(TRUE_CFG_SCALE=beyond).startswith("TRUE_CFG_SCALE is 20.00000")
+    assert rejection(GUIDANCE=beyond).startswith("GUIDANCE is 20.00000")
+    assert rejection(TRUE_CFG_SCALE=beyond).startswith("TRUE_CFG_SCALE is 20.00000")
 
 
-def test_a_missing_prompt_is_an_empty_one() -> None:
+def test_missing_prompt_is_empty() -> None:
     with pytest.raises(InvalidInput, match="PROMPT is 0 characters long"):
         parse({}, DEV, max_pixels=MAX_PIXELS)
 
@@ -148,12 +148,12 @@ def test_a_missing_prompt_is_an_empty_one() -> None:
     ],
     ids=str,
 )
-def test_the_pixel_budget_is_height_times_width(height: int, width: int, fits: bool) -> None:
+def test_pixel_limit_is_height_times_width(height: int, width: int, fits: bool) -> None:
     values: dict[str, Any] = {"HEIGHT": height, "WIDTH": width, "max_pixels": 512 * 512}
     if fits:
         assert flux(**values).width == width
     else:
-        assert refusal(**values) == f"HEIGHT x WIDTH is {height} x {width}; allowed: at most 262144 pixels"
+        assert rejection(**values) == f"HEIGHT x WIDTH is {height} x {width}; allowed: at most 262144 pixels"
 
 
 @pytest.mark.parametrize(
@@ -167,18 +167,18 @@ def test_the_pixel_budget_is_height_times_width(height: int, width: int, fits: b
     ],
     ids=str,
 )
-def test_a_side_fits_the_file_format(image_format: str, side: int, fits: bool) -> None:
+def test_sides_fit_the_file_format(image_format: str, side: int, fits: bool) -> None:
     if fits:
         assert flux(FORMAT=image_format, HEIGHT=64, WIDTH=side).width == side
         assert flux(FORMAT=image_format, HEIGHT=side, WIDTH=64).height == side
     else:
-        message = refusal(FORMAT=image_format, HEIGHT=side, WIDTH=64)
+        message = rejection(FORMAT=image_format, HEIGHT=side, WIDTH=64)
         assert message.startswith(f"HEIGHT x WIDTH is {side} x 64; allowed: at most ")
         assert message.endswith(f"pixels a side as {image_format}")
 
 
 @pytest.mark.parametrize("text", ["[]", " [ ] ", "\n[\t]\r\n"], ids=repr)
-def test_no_adapters_is_every_spelling_of_an_empty_list(text: str) -> None:
+def test_empty_lora_list_is_accepted(text: str) -> None:
     flux(LORA=text)
 
 
@@ -204,18 +204,18 @@ def test_no_adapters_is_every_spelling_of_an_empty_list(text: str) -> None:
     ],
     ids=lambda value: repr(value)[:24],
 )
-def test_any_other_adapters_are_refused(text: str, allowed: str) -> None:
-    message = refusal(LORA=text)
+def test_other_lora_values_are_rejected(text: str, allowed: str) -> None:
+    message = rejection(LORA=text)
     assert message.startswith("LORA is ")
     assert message.endswith(allowed)
 
 
-def test_a_hostile_format_stays_short() -> None:
-    assert refusal(FORMAT="png\n" * 100_000).endswith("...; allowed: png, jpeg, webp")
+def test_error_for_a_hostile_format_is_short() -> None:
+    assert rejection(FORMAT="png\n" * 100_000).endswith("...; allowed: png, jpeg, webp")
 
 
 @pytest.mark.parametrize("values", [{}, {"SEED": -1}], ids=["missing", "minus-one"])
-def test_a_seed_is_drawn_where_none_is_given(values: dict[str, Any]) -> None:
+def test_missing_seed_is_random(values: dict[str, Any]) -> None:
     seeds = {flux(**values).seed for _ in range(200)}
     assert len(seeds) > 190
     assert all(0 <= seed < 2**32 for seed in seeds)

@@ -1,4 +1,4 @@
-"""Sigmas and timesteps: those that FluxPipeline would use."""
+"""Sigmas and timesteps: parity with FluxPipeline."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from diffusers import EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler, F
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
 from genserve_backend.checkpoints import CheckpointError
+from genserve_backend.flux.build import load_pipeline
 from genserve_backend.flux.checkpoint import FluxCheckpoint
-from genserve_backend.flux.load import load_pipeline
 from genserve_backend.flux.schedule import Schedule, Scheduler
 from genserve_backend.settings import FluxSettings
-from make_flux import make_flux
+from random_flux import write_random_flux
 
 SHIFTS = {"base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256, "max_image_seq_len": 4096}
 DEV = {"shift": 3.0, "use_dynamic_shifting": True, **SHIFTS}
@@ -45,7 +45,7 @@ def reference(scheduler: FlowMatchEulerDiscreteScheduler, steps: int, tokens: in
 @pytest.mark.parametrize("tokens", [16, 64, 1_000, 4_096, 16_384])
 @pytest.mark.parametrize("steps", [2, 4, 28, 100])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-def test_the_schedule_is_diffusers_schedule(config: dict[str, Any], steps: int, tokens: int) -> None:
+def test_schedule_equals_diffusers(config: dict[str, Any], steps: int, tokens: int) -> None:
     scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
     plan = Scheduler(FlowMatchEulerDiscreteScheduler.from_config(config)).plan(steps, tokens)
     assert plan == reference(scheduler, steps, tokens)
@@ -55,16 +55,16 @@ def test_the_schedule_is_diffusers_schedule(config: dict[str, Any], steps: int, 
 
 
 @pytest.mark.parametrize("config", [DEV, SCHNELL], ids=["dev", "schnell"])
-def test_a_single_step_goes_all_the_way(config: dict[str, Any]) -> None:
+def test_single_step_reaches_zero(config: dict[str, Any]) -> None:
     plan = Scheduler(FlowMatchEulerDiscreteScheduler(**config)).plan(1, 1_000)
     assert plan == Schedule(sigmas=(1.0, 0.0), timesteps=(1_000.0,))
     assert plan == reference(FlowMatchEulerDiscreteScheduler(**config), 1, 1_000)
 
 
 @pytest.mark.parametrize("schnell", [False, True], ids=["dev", "schnell"])
-def test_a_pipeline_call_uses_the_same_schedule(schnell: bool, tmp_path: Path) -> None:
-    make_flux(tmp_path / "flux", schnell=schnell)
-    checkpoint = FluxCheckpoint.read(tmp_path / "flux")
+def test_pipeline_uses_the_same_schedule(schnell: bool, tmp_path: Path) -> None:
+    write_random_flux(tmp_path / "flux", schnell=schnell)
+    checkpoint = FluxCheckpoint.load(tmp_path / "flux")
     pipeline = load_pipeline(checkpoint, FluxSettings(model_path=checkpoint.path), "cpu")
     pipeline.set_progress_bar_config(disable=True)
     plan = Scheduler(pipeline.scheduler).plan(5, 192 // 16 * 64 // 16)
@@ -87,14 +87,14 @@ def test_a_pipeline_call_uses_the_same_schedule(schnell: bool, tmp_path: Path) -
     assert plan.sigmas == tuple(pipeline.scheduler.sigmas.tolist())
 
 
-def test_larger_images_have_more_noise_for_longer_where_the_checkpoint_says_so() -> None:
+def test_dynamic_shift_depends_on_the_image_size() -> None:
     dev, schnell = (Scheduler(FlowMatchEulerDiscreteScheduler(**config)) for config in (DEV, SCHNELL))
     assert dev.plan(4, 4_096).sigmas[2] > dev.plan(4, 256).sigmas[2]
     assert schnell.plan(4, 4_096) == schnell.plan(4, 256)
     assert schnell.plan(4, 256).sigmas == (1.0, 0.75, 0.5, 0.25, 0.0)
 
 
-def test_plans_do_not_depend_on_earlier_ones() -> None:
+def test_plans_are_independent() -> None:
     own = FlowMatchEulerDiscreteScheduler(**DEV)
     before = own.sigmas.clone()
     scheduler = Scheduler(own)
@@ -115,6 +115,6 @@ def test_plans_do_not_depend_on_earlier_ones() -> None:
     ],
     ids=["stochastic", "heun", "not-flow-matching"],
 )
-def test_a_scheduler_that_takes_other_steps_is_refused(scheduler: Any) -> None:
+def test_other_schedulers_are_rejected(scheduler: Any) -> None:
     with pytest.raises(CheckpointError, match="deterministic FlowMatchEulerDiscreteScheduler"):
         Scheduler(scheduler)

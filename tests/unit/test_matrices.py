@@ -1,16 +1,15 @@
+"""Packed and int8 matrix products."""
+
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import nn
 
-from genserve_backend import matrices
 from genserve_backend.matrices import Int8Linear, PackedLinear, has_int8, use_int8_matrices, use_packed_matrices
 
-needs_int8 = pytest.mark.skipif(not has_int8(), reason="this CPU has no VNNI")
-needs_avx512 = pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() != "AVX512", reason="elsewhere nn.Linear stays as it is"
-)
+needs_int8 = pytest.mark.skipif(not has_int8(), reason="requires VNNI")
+needs_avx512 = pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() != "AVX512", reason="requires AVX-512")
 
 
 def block() -> nn.Sequential:
@@ -20,7 +19,7 @@ def block() -> nn.Sequential:
 
 @needs_avx512
 @pytest.mark.parametrize("shape", [(48,), (1, 48), (7, 48), (2, 3, 48), (0, 48)], ids=str)
-def test_packed_is_the_same_product(shape: tuple[int, ...]) -> None:
+def test_packed_linear_gives_the_same_product(shape: tuple[int, ...]) -> None:
     model = block()
     inputs = torch.randn(shape)
     with torch.inference_mode():
@@ -30,13 +29,13 @@ def test_packed_is_the_same_product(shape: tuple[int, ...]) -> None:
         torch.testing.assert_close(model(inputs), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_other_arithmetic_is_left_alone() -> None:
+def test_other_dtypes_are_not_replaced() -> None:
     model = block().to(torch.bfloat16)
     use_packed_matrices(model)
     assert {type(part) for part in model.modules() if isinstance(part, nn.Linear)} == {nn.Linear}
 
 
-def test_without_avx512_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_replaced_without_avx512(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     model = block()
     use_packed_matrices(model)
@@ -45,7 +44,7 @@ def test_without_avx512_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None
 
 @needs_int8
 @pytest.mark.parametrize("shape", [(48,), (1, 48), (7, 48), (2, 3, 48)], ids=str)
-def test_int8_is_near(shape: tuple[int, ...]) -> None:
+def test_int8_linear_is_close(shape: tuple[int, ...]) -> None:
     model = block()
     inputs = torch.randn(shape)
     with torch.inference_mode():
@@ -57,7 +56,7 @@ def test_int8_is_near(shape: tuple[int, ...]) -> None:
 
 
 @needs_int8
-def test_int8_rows_do_not_depend_on_each_other() -> None:
+def test_int8_rows_are_independent() -> None:
     layer = Int8Linear(nn.Linear(48, 96))
     rows = torch.randn(64, 48)
     with torch.inference_mode():
@@ -66,7 +65,7 @@ def test_int8_rows_do_not_depend_on_each_other() -> None:
 
 
 @needs_int8
-def test_int8_of_nothing_and_of_no_number() -> None:
+def test_int8_of_zeros_and_nans() -> None:
     layer = Int8Linear(plain := nn.Linear(48, 96))
     rows = torch.zeros(2, 48)
     rows[1, 3] = torch.nan
@@ -77,13 +76,8 @@ def test_int8_of_nothing_and_of_no_number() -> None:
 
 
 @needs_int8
-def test_int8_of_weights_that_are_zero() -> None:
+def test_int8_of_zero_weights() -> None:
     plain = nn.Linear(48, 8)
     nn.init.zeros_(plain.weight)
     with torch.inference_mode():
         torch.testing.assert_close(Int8Linear(plain)(torch.randn(3, 48)), plain.bias.detach().expand(3, 8))
-
-
-def test_int8_is_for_cpus_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    assert not matrices.has_int8()

@@ -1,4 +1,4 @@
-"""The FLUX comparison's own parts: the load, the contenders, and the verdict."""
+"""The FLUX comparison: load, contenders and verdict."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-import flux_contenders
-from compare_flux import Result, broken_promises
-from flux_load import STEPS, Load, Request, Timing, drive
+from compare import flux_contenders
+from compare.flux import Result, broken_promises
+from compare.flux_load import STEPS, Load, Request, Timing, drive
 
 PERF = Path(__file__).parents[2] / "perf"
 
@@ -23,13 +23,13 @@ def load(count: int = 12, concurrency: int = 4) -> Load:
     return Load.draw(count, concurrency, 64)
 
 
-def test_the_load_is_the_same_every_time_and_survives_the_way_to_another_process() -> None:
+def test_load_is_reproducible_and_serializable() -> None:
     assert load(64) == load(64) == Load.from_json(load(64).to_json())
     assert {request.steps for request in load(64).requests} == set(STEPS)
     assert len({request.seed for request in load(64).requests}) == 64
 
 
-def test_so_many_requests_are_in_flight_and_the_warm_up_is_not_counted() -> None:
+def test_drive_keeps_the_concurrency_and_excludes_the_warm_up() -> None:
     lock = threading.Lock()
     in_flight: list[int] = [0]
     most: list[int] = [0]
@@ -54,7 +54,7 @@ def test_so_many_requests_are_in_flight_and_the_warm_up_is_not_counted() -> None
 
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """The steps of every pipeline call, in order; a call takes a moment."""
+    """Fake pipeline; returns the steps of each of its calls."""
     calls: list[list[int]] = []
 
     class Pipeline:
@@ -71,13 +71,13 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", ["lock", "pool"])
-def test_the_lock_and_the_pool_make_one_image_a_call(name: str, batches: list[list[int]]) -> None:
+def test_lock_and_pool_make_one_image_per_call(name: str, batches: list[list[int]]) -> None:
     call = flux_contenders.CONTENDERS[name](None, load())  # type: ignore[arg-type]
     assert drive(call, load()).count == 12
     assert [len(batch) for batch in batches] == [1] * 16
 
 
-def test_static_batches_hold_equal_settings_only(batches: list[list[int]]) -> None:
+def test_static_batches_have_equal_settings_only(batches: list[list[int]]) -> None:
     call = flux_contenders.static_batches(None, load())  # type: ignore[arg-type]
     assert drive(call, load(40, 16)).count == 40
     assert all(len(set(batch)) == 1 for batch in batches)
@@ -88,7 +88,7 @@ def result(images_per_second: float, four_steps: float) -> Result:
     return Result([Timing(10 / images_per_second, {4: [four_steps] * 10})])
 
 
-def test_the_verdict_names_what_is_below_its_promise() -> None:
+def test_broken_promises_name_ratio_and_contender() -> None:
     ours = result(10, 1.0)
     others = {"engine": result(10, 1), "lock": result(5, 9), "pool": result(5, 9), "static": result(8, 3.1)}
     assert broken_promises({"genserve": ours, **others}) == []
@@ -100,12 +100,12 @@ def test_the_verdict_names_what_is_below_its_promise() -> None:
 
 
 @pytest.mark.parametrize("name", ["static", "engine"])
-def test_a_contender_runs_by_itself(name: str, tmp_path: Path) -> None:
-    from make_flux import make_flux
+def test_contender_script_prints_its_timing(name: str, tmp_path: Path) -> None:
+    from random_flux import write_random_flux
 
-    make_flux(tmp_path / "flux")
+    write_random_flux(tmp_path / "flux")
     (tmp_path / "load.json").write_text(Load((Request("a", 1, 1), Request("b", 2, 2)), 2, 64).to_json())
-    command = [sys.executable, str(PERF / "flux_contenders.py"), name, str(tmp_path / "flux")]
+    command = [sys.executable, str(PERF / "compare" / "flux_contenders.py"), name, str(tmp_path / "flux")]
     ended = subprocess.run(
         [*command, str(tmp_path / "load.json")], capture_output=True, text=True, timeout=100, check=True
     )

@@ -1,4 +1,4 @@
-"""The load test's inputs are ones that the models accept, and are varied enough to mean something."""
+"""The load test's inputs: accepted by the models, and varied enough for a meaningful load."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
 from genserve_backend.flux.checkpoint import FluxCheckpoint
-from genserve_backend.flux.request import FluxRequest, parse
-from genserve_backend.rerank.request import RerankRequest, validate
+from genserve_backend.flux.request import FluxRequest
+from genserve_backend.flux.request import parse as parse_flux
+from genserve_backend.rerank.request import RerankRequest
+from genserve_backend.rerank.request import parse as parse_rerank
 
 ROOT = Path(__file__).parents[2]
 CHECKPOINT = FluxCheckpoint(
@@ -20,40 +22,41 @@ CHECKPOINT = FluxCheckpoint(
 )
 
 
-def rows(model: str) -> list[dict[str, Any]]:
-    data = json.loads((ROOT / "perf" / "inputs" / f"{model}.json").read_text(encoding="utf-8"))["data"]
+def entries(model: str) -> list[dict[str, Any]]:
+    data = json.loads((ROOT / "perf" / "load" / "inputs" / f"{model}.json").read_text(encoding="utf-8"))["data"]
     assert isinstance(data, list)
     return data
 
 
-def flux_request(row: dict[str, Any]) -> FluxRequest:
-    assert all(len(content) == 1 for content in row.values())
-    return parse({name: content[0] for name, content in row.items()}, CHECKPOINT, max_pixels=128 * 128)
+def flux_request(entry: dict[str, Any]) -> FluxRequest:
+    assert all(len(content) == 1 for content in entry.values())
+    return parse_flux({name: content[0] for name, content in entry.items()}, CHECKPOINT, max_pixels=128 * 128)
 
 
-def rerank_request(row: dict[str, Any]) -> RerankRequest:
-    documents = row["DOCUMENTS"]
+def rerank_request(entry: dict[str, Any]) -> RerankRequest:
+    documents = entry["DOCUMENTS"]
     assert documents["shape"] == [len(documents["content"])]
-    return RerankRequest(row["QUERY"][0], tuple(documents["content"]), row.get("INSTRUCTION", [None])[0])
+    scalars = {name: content[0] for name, content in entry.items() if name != "DOCUMENTS"}
+    return parse_rerank({**scalars, "DOCUMENTS": documents["content"]})
 
 
 @pytest.mark.parametrize("model", ["flux", "rerank"])
-def test_rows_have_the_models_tensors(model: str) -> None:
+def test_requests_have_the_models_tensors(model: str) -> None:
     text = (ROOT / "model_repository" / model / "config.pbtxt").read_text()
     inputs = text_format.Parse(text, model_config_pb2.ModelConfig()).input
     required = {each.name for each in inputs if not each.optional}
-    for row in rows(model):
-        assert required <= set(row) <= {each.name for each in inputs}
+    for entry in entries(model):
+        assert required <= set(entry) <= {each.name for each in inputs}
 
 
-@pytest.mark.parametrize("row", rows("flux"), ids=lambda row: row["PROMPT"][0][:24])
-def test_flux_accepts(row: dict[str, Any]) -> None:
-    request = flux_request(row)
-    assert request.seed == row["SEED"][0], "a drawn seed would make runs differ"
+@pytest.mark.parametrize("entry", entries("flux"), ids=lambda entry: entry["PROMPT"][0][:24])
+def test_flux_accepts_request(entry: dict[str, Any]) -> None:
+    request = flux_request(entry)
+    assert request.seed == entry["SEED"][0], "a random seed would make runs differ"
 
 
-def test_flux_rows_vary() -> None:
-    requests = [flux_request(row) for row in rows("flux")]
+def test_flux_requests_vary() -> None:
+    requests = [flux_request(entry) for entry in entries("flux")]
     assert len({request.prompt for request in requests}) == len(requests) >= 16
     assert len({request.seed for request in requests}) >= 12
     assert {request.steps for request in requests} == {4, 8, 20}
@@ -61,15 +64,14 @@ def test_flux_rows_vary() -> None:
     assert any(request.negative_prompt for request in requests)
 
 
-@pytest.mark.parametrize("row", rows("rerank"), ids=lambda row: row["QUERY"][0][:24])
-def test_rerank_accepts(row: dict[str, Any]) -> None:
-    request = rerank_request(row)
-    validate(request)
+@pytest.mark.parametrize("entry", entries("rerank"), ids=lambda entry: entry["QUERY"][0][:24])
+def test_rerank_accepts_request(entry: dict[str, Any]) -> None:
+    request = rerank_request(entry)
     lengths = [len(document) for document in request.documents]
     assert len(set(request.documents)) == 8
     assert max(lengths) > 10 * min(lengths), "lengths vary as they do in real use"
 
 
-def test_rerank_rows_vary() -> None:
-    requests = [rerank_request(row) for row in rows("rerank")]
+def test_rerank_requests_vary() -> None:
+    requests = [rerank_request(entry) for entry in entries("rerank")]
     assert len({request.query for request in requests}) == len(requests) >= 8

@@ -1,4 +1,4 @@
-"""What the load test reads out of perf_analyzer's reports and error output."""
+"""perf_analyzer's reports and error output."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from perf_report import Failure, Level, csv_path, first_error, merge, read_all, read_csv, summary
+from load.report import Failure, Level, csv_path, first_error, merge, parse_all, parse_csv, summary
 
 HEADER = (
     "Concurrency,Inferences/Second,Client Send,Network+Server Send/Recv,Server Queue,Server Compute Input,"
@@ -35,38 +35,38 @@ def rendered(levels: list[Level], failed: Failure | None = None) -> list[str]:
     return capture.get().splitlines()
 
 
-def test_reads_levels_by_rising_concurrency(tmp_path: Path) -> None:
-    levels = read_csv(recorded(tmp_path / "a.csv", TWO, ONE), model="flux", protocol="grpc")
+def test_levels_are_sorted_by_concurrency(tmp_path: Path) -> None:
+    levels = parse_csv(recorded(tmp_path / "a.csv", TWO, ONE), model="flux", protocol="grpc")
     assert levels == [
         Level("flux", "grpc", 1, 6.30338, p50_ms=107.12, p95_ms=438.854, p99_ms=475.001, queue_ms=0.077),
         Level("flux", "grpc", 2, 5.65585, p50_ms=351.851, p95_ms=612.257, p99_ms=623.308, queue_ms=164.331),
     ]
 
 
-def test_reads_a_report_with_gpu_columns(tmp_path: Path) -> None:
-    (level,) = read_csv(recorded(tmp_path / "a.csv", ON_GPU), model="rerank", protocol="http")
+def test_report_with_gpu_columns_is_parsed(tmp_path: Path) -> None:
+    (level,) = parse_csv(recorded(tmp_path / "a.csv", ON_GPU), model="rerank", protocol="http")
     assert (level.concurrency, level.throughput, level.p50_ms) == (4, 39.9361, 27.93)
 
 
 @pytest.mark.parametrize("text", ["", f"{HEADER}\n", "Concurrency,p50 latency\n1,5\n", f"{HEADER}\n1,2\n"])
-def test_refuses_what_is_no_report(tmp_path: Path, text: str) -> None:
+def test_other_files_are_rejected(tmp_path: Path, text: str) -> None:
     path = tmp_path / "a.csv"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"a\.csv (has no measurement|is no report)"):
-        read_csv(path, model="flux", protocol="grpc")
+    with pytest.raises(ValueError, match=r"a\.csv (has no measurement|is not a report)"):
+        parse_csv(path, model="flux", protocol="grpc")
 
 
-def test_merges_parts_under_one_header(tmp_path: Path) -> None:
+def test_merge_keeps_one_header(tmp_path: Path) -> None:
     parts = [recorded(tmp_path / "1.csv", ONE), recorded(tmp_path / "2.csv", TWO)]
     target = csv_path(tmp_path, "flux", "grpc")
     merge(parts, target)
     assert target.name == "flux-grpc.csv"
     assert target.read_text() == f"{HEADER}\n{ONE}\n{TWO}\n"
-    assert [level.concurrency for level in read_all(tmp_path, ["flux", "rerank"])] == [1, 2]
+    assert [level.concurrency for level in parse_all(tmp_path, ["flux", "rerank"])] == [1, 2]
 
 
-def test_table_has_a_row_for_each_level_and_for_the_failure(tmp_path: Path) -> None:
-    levels = read_csv(recorded(tmp_path / "a.csv", ONE, TWO), model="flux", protocol="grpc")
+def test_summary_has_a_line_per_level_and_one_for_the_failure(tmp_path: Path) -> None:
+    levels = parse_csv(recorded(tmp_path / "a.csv", ONE, TWO), model="flux", protocol="grpc")
     lines = rendered(levels, Failure("rerank", "http", 1, "refused"))
     words = [line.replace("│", " ").split() for line in lines if "│" in line]
     assert words == [
@@ -95,5 +95,5 @@ def test_table_has_a_row_for_each_level_and_for_the_failure(tmp_path: Path) -> N
         ("", ""),
     ],
 )
-def test_first_error_says_why(errors: str, reason: str) -> None:
+def test_first_error_is_the_cause(errors: str, reason: str) -> None:
     assert first_error(errors) == reason

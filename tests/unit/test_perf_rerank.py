@@ -1,18 +1,20 @@
+"""The reranker's comparison and its quality study: verdict and agreement of rankings."""
+
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from compare_rerank import CONTENDERS, Result, broken_promises, distance
-from rerank_load import Timing
-from rerank_quality import agreement, paragraphs
+from compare.rerank import CONTENDERS, Result, broken_promises, distance
+from compare.rerank_load import Timing
+from studies.rerank_quality import agreement, paragraphs
 
 
 def result(seconds: float, latency: float, *scores: float) -> Result:
     return Result([Timing(seconds, [latency], [list(scores)])])
 
 
-def test_promises_that_hold() -> None:
+def test_kept_promises_are_not_reported() -> None:
     ours = result(1.0, 0.5, 0.1, 0.9)
     slow = {name: result(2.0, 1.0, 0.1, 0.9) for name in CONTENDERS if not CONTENDERS[name].is_ours}
     assert broken_promises({"genserve": ours, "int8": ours, "bfloat16": ours, **slow}) == []
@@ -27,7 +29,7 @@ def test_promises_that_hold() -> None:
         ("vllm", result(9.0, 9.0, 0.1, 0.8), ["scores differ", "vLLM", "1.0e-01"]),
     ],
 )
-def test_promises_that_do_not(name: str, other: Result, parts: list[str]) -> None:
+def test_broken_promise_names_ratio_and_contender(name: str, other: Result, parts: list[str]) -> None:
     (broken,) = broken_promises({"genserve": result(1.0, 0.5, 0.1, 0.9), name: other})
     assert all(part in broken for part in parts)
 
@@ -39,11 +41,11 @@ def test_int8_is_compared_with_int8() -> None:
     assert len(broken_promises({**both, "int8": result(1.2, 0.9, 0.15)})) == 2
 
 
-def test_distance_is_the_largest() -> None:
+def test_distance_is_the_largest_difference() -> None:
     assert distance(result(1, 1, 0.1, 0.5), result(1, 1, 0.2, 0.8)) == pytest.approx(0.3)
 
 
-def test_agreement_of_rankings() -> None:
+def test_agreement_is_one_for_equal_and_minus_one_for_reversed_rankings() -> None:
     exact = np.random.default_rng(0).random((3, 50), dtype=np.float32)
     same = agreement(exact, exact + np.float32(0.25))
     assert (same.correlation, same.top) == (pytest.approx(1.0), 1.0)
@@ -52,7 +54,7 @@ def test_agreement_of_rankings() -> None:
     assert (turned.correlation, turned.worst_correlation, turned.top) == (pytest.approx(-1.0), pytest.approx(-1.0), 0)
 
 
-def test_there_is_text_to_rank() -> None:
+def test_paragraphs_are_many_and_unique() -> None:
     found = paragraphs()
     assert len(found) > 800
     assert len(set(found)) == len(found)

@@ -1,4 +1,4 @@
-"""Prefixes: found in tokens, computed once, bounded in memory."""
+"""Prefix caching: shared lengths, reuse and eviction."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from genserve_backend.rerank.attention import KeysValues
-from genserve_backend.rerank.prefix import Prefix, PrefixCache, shared
+from genserve_backend.rerank.prefix import Prefix, PrefixCache, shared_length
 
 
 @pytest.mark.parametrize(
@@ -24,45 +24,48 @@ from genserve_backend.rerank.prefix import Prefix, PrefixCache, shared
     ],
     ids=str,
 )
-def test_shared(texts: list[list[int]], head: list[int], length: int) -> None:
-    assert shared(texts, head) == length
+def test_shared_length(texts: list[list[int]], head: list[int], length: int) -> None:
+    assert shared_length(texts, head) == length
 
 
 class Computed:
-    """Makes keys and values that show which tokens they are of: 8 bytes a token."""
+    """Computes keys and values that equal their token ids; 8 bytes per token."""
 
     def __init__(self) -> None:
         self.calls: list[list[list[int]]] = []
 
     def __call__(self, texts: Sequence[list[int]], before: Sequence[KeysValues | None]) -> list[KeysValues]:
         self.calls.append([list(text) for text in texts])
-        return [self._continue(text, known) for text, known in zip(texts, before, strict=True)]
+        return [self._continue(text, prefix) for text, prefix in zip(texts, before, strict=True)]
 
     @staticmethod
-    def _continue(text: list[int], known: KeysValues | None) -> KeysValues:
+    def _continue(text: list[int], prefix: KeysValues | None) -> KeysValues:
         new = torch.tensor(text, dtype=torch.float32).reshape(1, 1, -1, 1)
-        whole = torch.cat([known.layers[0][0], new], dim=2) if known else new
+        whole = torch.cat([prefix.layers[0][0], new], dim=2) if prefix else new
         return KeysValues(((whole, whole.clone()),))
 
 
-def ids(known: KeysValues) -> list[int]:
-    return [int(each) for each in known.layers[0][0].flatten()]
+def ids(keys_values: KeysValues) -> list[int]:
+    return [int(each) for each in keys_values.layers[0][0].flatten()]
 
 
-def test_a_prefix_is_computed_once_and_continues_its_parent() -> None:
+def test_prefixes_are_computed_once_and_extend_their_parent() -> None:
     compute = Computed()
     cache = PrefixCache(max_bytes=2**20, compute=compute)
     parent = Prefix((1, 2))
     first, second = Prefix((1, 2, 3), parent), Prefix((1, 2, 4, 5), parent)
     found = cache.get([first, second, first])
-    assert {key: ids(known) for key, known in found.items()} == {(1, 2, 3): [1, 2, 3], (1, 2, 4, 5): [1, 2, 4, 5]}
+    assert {key: ids(keys_values) for key, keys_values in found.items()} == {
+        (1, 2, 3): [1, 2, 3],
+        (1, 2, 4, 5): [1, 2, 4, 5],
+    }
     assert compute.calls == [[[1, 2]], [[3], [4, 5]]]
     cache.get([second, Prefix((1, 2, 6), parent)])
     assert compute.calls[2:] == [[[6]]]
     assert cache.computed_tokens == 6
 
 
-def test_memory_is_bounded_and_the_oldest_go_first() -> None:
+def test_least_recently_used_prefix_is_evicted() -> None:
     compute = Computed()
     cache = PrefixCache(max_bytes=5 * 8, compute=compute)
     cache.get([Prefix((1, 2))])
@@ -76,7 +79,7 @@ def test_memory_is_bounded_and_the_oldest_go_first() -> None:
     assert len(compute.calls) == 4
 
 
-def test_a_prefix_beyond_the_memory_is_still_computed() -> None:
+def test_prefix_larger_than_the_cache_is_computed_but_not_stored() -> None:
     cache = PrefixCache(max_bytes=8, compute=Computed())
     found = cache.get([Prefix((1, 2, 3))])
     assert ids(found[1, 2, 3]) == [1, 2, 3]

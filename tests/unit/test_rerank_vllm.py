@@ -1,4 +1,4 @@
-"""ENGINE=vllm where it cannot be: one line says why. With the package, it is tested in tests/with_vllm."""
+"""Errors of ENGINE=vllm without a usable vllm package. tests/with_vllm tests the package itself."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import pytest
 
 from genserve_backend.checkpoints import CheckpointError
 from genserve_backend.rerank.checkpoint import Kind, RerankCheckpoint
-from genserve_backend.rerank.scorers import load_scorer, vllm
+from genserve_backend.rerank.scorers import build_scorer, vllm
 from genserve_backend.settings import RerankSettings
 
 
 def load(kind: Kind = "causal", device: str = "cpu") -> Any:
     checkpoint = RerankCheckpoint(Path("/models/some-reranker"), kind, "some-reranker", 512)
-    return load_scorer(checkpoint, RerankSettings(model_path=checkpoint.path, engine="vllm"), device)
+    return build_scorer(checkpoint, RerankSettings(model_path=checkpoint.path, engine="vllm"), device)
 
 
 @pytest.fixture
 def installed(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A package vllm that can be found and has nothing in it."""
+    """An empty package named vllm."""
     package = ModuleType("vllm")
     package.__path__ = []
     monkeypatch.setitem(sys.modules, "vllm", package)
@@ -34,7 +34,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.mark.parametrize("kind", ["bi-encoder", "cross-encoder"])
-def test_other_kinds_are_named(kind: Kind) -> None:
+def test_other_kinds_of_reranker_are_rejected(kind: Kind) -> None:
     with pytest.raises(CheckpointError) as caught:
         load(kind)
     assert str(caught.value) == (
@@ -43,14 +43,14 @@ def test_other_kinds_are_named(kind: Kind) -> None:
     )
 
 
-def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CheckpointError) as caught:
         load()
     assert str(caught.value) == "ENGINE is vllm, but the package vllm is not installed in the workers' Python"
 
 
-def test_a_broken_package_is_named(installed: ModuleType) -> None:
+def test_broken_package_is_reported(installed: ModuleType) -> None:
     with pytest.raises(CheckpointError, match=r"the package vllm cannot be imported: cannot import name 'LLM'"):
         load()
 
@@ -64,7 +64,7 @@ def test_a_broken_package_is_named(installed: ModuleType) -> None:
     ],
     ids=["gpu-build", "cpu-build", "no-device"],
 )
-def test_a_package_for_another_device_is_named(
+def test_package_for_another_device_is_reported(
     built_for: str, device: str, message: str, installed: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installed.LLM = object

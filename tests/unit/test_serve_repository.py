@@ -1,4 +1,4 @@
-"""The rendered model repository, and the one that is shipped."""
+"""Rendering of model repositories, and the shipped repository."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value))
 
 
-def make_flux(path: Path) -> Path:
-    """The least that counts as a FLUX checkpoint."""
+def write_random_flux(path: Path) -> Path:
+    """Create a minimal FLUX checkpoint."""
     write_json(path / "model_index.json", {"_class_name": "FluxPipeline"})
     write_json(path / "tokenizer_2" / "tokenizer_config.json", {"model_max_length": 512})
     for part in ("transformer", "vae", "text_encoder", "text_encoder_2"):
@@ -43,7 +43,7 @@ def make_flux(path: Path) -> Path:
 
 
 def make_rerank(path: Path) -> Path:
-    """The least that counts as a reranker."""
+    """Create a minimal reranker checkpoint."""
     write_json(path / "config.json", {"architectures": ["BertForSequenceClassification"], "id2label": {"0": "LABEL_0"}})
     (path / "model.safetensors").touch()
     return path
@@ -51,18 +51,18 @@ def make_rerank(path: Path) -> Path:
 
 @pytest.fixture
 def checkpoints(tmp_path: Path) -> dict[str, str]:
-    """The environment that names a checkpoint for each model."""
+    """Return an environment with a checkpoint for each model."""
     return {
-        "FLUX_MODEL_PATH": str(make_flux(tmp_path / "checkpoints" / "flux")),
+        "FLUX_MODEL_PATH": str(write_random_flux(tmp_path / "checkpoints" / "flux")),
         "RERANK_MODEL_PATH": str(make_rerank(tmp_path / "checkpoints" / "rerank")),
     }
 
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """A repository of our own, whose checkpoints lie beside it."""
+    """Create a repository with its checkpoints alongside."""
     root = tmp_path / "repository"
-    make_flux(tmp_path / "beside" / "flux")
+    write_random_flux(tmp_path / "beside" / "flux")
     make_rerank(tmp_path / "beside" / "rerank")
     for name in ("flux", "rerank"):
         (root / name / "1").mkdir(parents=True)
@@ -83,7 +83,7 @@ Rendered = Callable[..., Any]
 
 @pytest.fixture
 def rendered(repository: Path, tmp_path: Path) -> Rendered:
-    """Renders that repository with options and an environment, and gives one model's configuration."""
+    """Render the repository with options and an environment, and return one model's configuration."""
 
     def rendered(model: str, environ: dict[str, str] | None = None, **options: Any) -> Any:
         target = tmp_path / "rendered"
@@ -99,7 +99,7 @@ def placement(config: Any) -> tuple[str, int, list[int]]:
 
 
 @pytest.mark.parametrize("model", ["flux", "rerank"])
-def test_without_options_triton_places_the_instances(model: str, rendered: Rendered) -> None:
+def test_default_placement_is_tritons(model: str, rendered: Rendered) -> None:
     assert placement(rendered(model)) == ("KIND_AUTO", 1, [])
 
 
@@ -121,7 +121,7 @@ def test_without_options_triton_places_the_instances(model: str, rendered: Rende
     ],
     ids=str,
 )
-def test_placement(
+def test_options_and_environment_place_the_instances(
     model: str,
     environ: dict[str, str],
     options: dict[str, Any],
@@ -145,7 +145,7 @@ PARALLEL = {"ENGINE": "vllm", "TENSOR_PARALLEL_SIZE": "2"}
     ],
     ids=["chosen", "environment", "all", "alone", "flux"],
 )
-def test_an_instance_for_each_group_of_gpus(
+def test_each_gpu_group_has_an_instance(
     model: str,
     environ: dict[str, str],
     gpus: tuple[int, ...] | None,
@@ -168,7 +168,7 @@ def test_an_instance_for_each_group_of_gpus(
     ],
     ids=["three", "none"],
 )
-def test_gpus_that_make_no_groups_are_named(
+def test_gpus_that_do_not_form_groups_are_rejected(
     gpus: tuple[int, ...] | None, message: str, rendered: Rendered, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(repository_module, "_all_gpus", lambda: ())
@@ -177,18 +177,18 @@ def test_gpus_that_make_no_groups_are_named(
     assert str(caught.value) == message
 
 
-def test_all_gpus_are_those_that_torch_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_gpus_are_counted_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert repository_module._all_gpus() == ()
 
 
-def test_a_size_picks_the_checkpoint(rendered: Rendered, tmp_path: Path) -> None:
+def test_model_size_selects_the_checkpoint(rendered: Rendered, tmp_path: Path) -> None:
     chosen = make_rerank(tmp_path / "rerankers" / "Qwen3-Reranker-8B")
     environ = {"RERANK_MODEL_PATH": str(chosen.parent), "MODEL_SIZE": "8B"}
     assert rendered("rerank", environ).parameters["model_path"].string_value == str(chosen)
 
 
-def test_a_size_that_is_not_there_is_named_with_its_path(rendered: Rendered, tmp_path: Path) -> None:
+def test_missing_model_size_is_reported_with_its_path(rendered: Rendered, tmp_path: Path) -> None:
     (tmp_path / "rerankers").mkdir()
     with pytest.raises(ServeError, match=r"^rerank: no checkpoint .*/rerankers/Qwen3-Reranker-4B \(set RERANK"):
         rendered("rerank", {"RERANK_MODEL_PATH": str(tmp_path / "rerankers"), "MODEL_SIZE": "4B"})
@@ -205,7 +205,9 @@ def test_a_size_that_is_not_there_is_named_with_its_path(rendered: Rendered, tmp
     ids=str,
 )
 @pytest.mark.parametrize("model", ["flux", "rerank"])
-def test_the_queue(model: str, environ: dict[str, str], size: int, timeout_us: int, rendered: Rendered) -> None:
+def test_environment_sets_queue_size_and_timeout(
+    model: str, environ: dict[str, str], size: int, timeout_us: int, rendered: Rendered
+) -> None:
     policy = rendered(model, environ).dynamic_batching.default_queue_policy
     assert (policy.max_queue_size, policy.default_timeout_microseconds) == (size, timeout_us)
 
@@ -226,7 +228,7 @@ def test_the_queue(model: str, environ: dict[str, str], size: int, timeout_us: i
     ],
     ids=str,
 )
-def test_bad_values_are_named(environ: dict[str, str], message: str, rendered: Rendered) -> None:
+def test_invalid_setting_is_reported_by_name(environ: dict[str, str], message: str, rendered: Rendered) -> None:
     with pytest.raises(ServeError) as caught:
         rendered("flux", environ)
     assert str(caught.value).startswith(message)
@@ -244,7 +246,7 @@ def test_bad_values_are_named(environ: dict[str, str], message: str, rendered: R
     ],
     ids=str,
 )
-def test_choosing_models_keeps_tasks(
+def test_selected_models_include_tasks(
     models: tuple[str, ...], expected: list[str], repository: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "rendered"
@@ -252,16 +254,16 @@ def test_choosing_models_keeps_tasks(
     assert sorted(path.name for path in target.iterdir()) == expected
 
 
-def test_a_model_that_is_not_chosen_needs_no_checkpoint(rendered: Rendered) -> None:
+def test_unselected_model_needs_no_checkpoint(rendered: Rendered) -> None:
     rendered("rerank", {"FLUX_MODEL_PATH": "/no/such"}, models=("rerank",))
 
 
-def test_a_relative_path_becomes_absolute(rendered: Rendered, tmp_path: Path) -> None:
+def test_relative_model_path_becomes_absolute(rendered: Rendered, tmp_path: Path) -> None:
     config = rendered("flux")
     assert config.parameters["model_path"].string_value == str(tmp_path / "beside" / "flux")
 
 
-def test_a_path_from_the_environment_becomes_absolute(
+def test_environment_model_path_becomes_absolute(
     rendered: Rendered, checkpoints: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -269,7 +271,7 @@ def test_a_path_from_the_environment_becomes_absolute(
     assert config.parameters["model_path"].string_value == checkpoints["FLUX_MODEL_PATH"]
 
 
-def test_everything_but_the_configuration_is_linked(repository: Path, rendered: Rendered, tmp_path: Path) -> None:
+def test_files_other_than_config_are_linked(repository: Path, rendered: Rendered, tmp_path: Path) -> None:
     rendered("flux")
     folder = tmp_path / "rendered" / "flux"
     assert not (folder / "config.pbtxt").is_symlink()
@@ -279,13 +281,13 @@ def test_everything_but_the_configuration_is_linked(repository: Path, rendered: 
     assert (folder / "1" / "model.py").read_text() == "# the model"
 
 
-def test_the_given_repository_is_left_alone(repository: Path, rendered: Rendered) -> None:
+def test_source_repository_is_unchanged(repository: Path, rendered: Rendered) -> None:
     before = {path: path.read_text() for path in repository.rglob("*") if path.is_file()}
     rendered("flux", {"MAX_GLOBAL_QUEUE_SIZE": "7"}, gpus=(3,))
     assert {path: path.read_text() for path in repository.rglob("*") if path.is_file()} == before
 
 
-def test_a_configuration_without_a_name_is_its_folders(repository: Path, rendered: Rendered) -> None:
+def test_config_without_name_takes_the_folder_name(repository: Path, rendered: Rendered) -> None:
     path = repository / "flux" / "config.pbtxt"
     path.write_text(path.read_text().replace('name: "flux"', ""))
     assert placement(rendered("flux", {"FLUX_GPUS": "1"})) == ("KIND_GPU", 1, [1])
@@ -301,7 +303,7 @@ def test_a_configuration_without_a_name_is_its_folders(repository: Path, rendere
     ],
     ids=["syntax", "no-utf8", "unknown-field", "no-model-path"],
 )
-def test_a_damaged_configuration_is_named(
+def test_invalid_config_is_reported(
     damage: Callable[[Path], Any], message: str, repository: Path, rendered: Rendered
 ) -> None:
     damage(repository)
@@ -309,14 +311,14 @@ def test_a_damaged_configuration_is_named(
         rendered("flux")
 
 
-def test_a_repository_that_is_none_is_named(tmp_path: Path) -> None:
+def test_missing_or_empty_repository_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ServeError, match="no model repository at .*none .*--repository"):
         render(ServeOptions(repository=tmp_path / "none"), tmp_path / "rendered", {})
     with pytest.raises(ServeError, match="no models in"):
         render(ServeOptions(repository=tmp_path), tmp_path / "rendered", {})
 
 
-def test_an_unknown_model_is_named(repository: Path, tmp_path: Path) -> None:
+def test_unknown_model_is_reported(repository: Path, tmp_path: Path) -> None:
     with pytest.raises(ServeError, match=r"no model sdxl in .*, which has flux, rerank, tasks"):
         render(ServeOptions(repository=repository, models=("flux", "sdxl")), tmp_path / "rendered", {})
 
@@ -324,7 +326,7 @@ def test_an_unknown_model_is_named(repository: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"), [("", None), (",", None), ("0", (0,)), ("0,1", (0, 1)), (" 3 , 1 ,", (3, 1))], ids=repr
 )
-def test_parse_gpus(text: str, expected: tuple[int, ...] | None) -> None:
+def test_gpus_are_parsed(text: str, expected: tuple[int, ...] | None) -> None:
     assert parse_gpus(text) == expected
 
 
@@ -336,17 +338,17 @@ def shipped(request: pytest.FixtureRequest) -> Any:
     return read_config(SHIPPED, request.param)
 
 
-def test_shipped_inputs_have_the_clients_types(shipped: Any) -> None:
+def test_shipped_inputs_have_the_client_dtypes(shipped: Any) -> None:
     for tensor in shipped.input:
         assert model_config_pb2.DataType.Name(tensor.data_type) == TRITON_TYPES[DTYPES[tensor.name]], tensor.name
 
 
-def test_shipped_inputs_are_all_that_the_client_knows() -> None:
+def test_client_dtypes_cover_exactly_the_shipped_inputs() -> None:
     names = {tensor.name for model in ("flux", "rerank", "tasks") for tensor in read_config(SHIPPED, model).input}
     assert names == DTYPES.keys()
 
 
-def test_shipped_models_have_their_python_file(shipped: Any) -> None:
+def test_shipped_models_have_a_python_file(shipped: Any) -> None:
     assert (SHIPPED / shipped.name / "1" / "model.py").is_file()
     assert shipped.backend == "python"
 
@@ -356,7 +358,7 @@ def test_shipped_models_have_their_python_file(shipped: Any) -> None:
     [("flux", {"PROMPT"}), ("rerank", {"QUERY", "DOCUMENTS"}), ("tasks", {"ACTION"})],
     ids=["flux", "rerank", "tasks"],
 )
-def test_shipped_inputs_are_optional_but_for_the_essential(model: str, required: set[str]) -> None:
+def test_shipped_models_require_only_the_contract_inputs(model: str, required: set[str]) -> None:
     config = read_config(SHIPPED, model)
     assert {tensor.name for tensor in config.input if not tensor.optional} == required
 
@@ -370,13 +372,13 @@ def test_shipped_inputs_are_optional_but_for_the_essential(model: str, required:
     ],
     ids=["flux", "rerank", "tasks"],
 )
-def test_shipped_outputs_are_the_contracts(model: str, outputs: dict[str, str]) -> None:
+def test_shipped_outputs_match_the_contract(model: str, outputs: dict[str, str]) -> None:
     found = read_config(SHIPPED, model).output
     assert {tensor.name: model_config_pb2.DataType.Name(tensor.data_type) for tensor in found} == outputs
 
 
 @pytest.mark.parametrize("model", ["flux", "rerank"])
-def test_shipped_queues_are_the_contracts(model: str) -> None:
+def test_shipped_queue_policies_match_the_contract(model: str) -> None:
     batching = read_config(SHIPPED, model).dynamic_batching
     assert (batching.priority_levels, batching.default_priority_level) == (3, 2)
     policy = batching.default_queue_policy
@@ -386,7 +388,7 @@ def test_shipped_queues_are_the_contracts(model: str) -> None:
     assert policy.allow_timeout_override
 
 
-def test_shipped_batching() -> None:
+def test_shipped_batching_matches_the_contract() -> None:
     flux, rerank = read_config(SHIPPED, "flux"), read_config(SHIPPED, "rerank")
     assert flux.max_batch_size == 8
     assert list(flux.dynamic_batching.preferred_batch_size) == [1]
@@ -395,7 +397,7 @@ def test_shipped_batching() -> None:
     assert not rerank.model_transaction_policy.decoupled
 
 
-def test_the_shipped_repository_renders(checkpoints: dict[str, str], tmp_path: Path) -> None:
+def test_shipped_repository_renders(checkpoints: dict[str, str], tmp_path: Path) -> None:
     target = tmp_path / "rendered"
     assert render(ServeOptions(repository=SHIPPED), target, checkpoints).models == ("flux", "rerank", "tasks")
     for model in ("flux", "rerank"):

@@ -1,4 +1,4 @@
-"""Finding, fetching and starting tritonserver, as far as that goes without one."""
+"""Fetching tritonserver and its command line, without running it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def command(options: ServeOptions, **values: Any) -> list[str]:
     )
 
 
-def test_the_command_line_says_what_the_options_say() -> None:
+def test_command_line_reflects_the_options() -> None:
     options = ServeOptions(
         host="0.0.0.0", http_port=9000, grpc_port=9001, metrics_port=9002, exit_timeout_s=7, repository=Path("/given")
     )
@@ -59,14 +59,12 @@ def test_the_command_line_says_what_the_options_say() -> None:
     assert not any("/given" in word for word in line)
 
 
-def test_verbose_shows_tritons_own_lines() -> None:
+def test_verbose_enables_triton_info_lines() -> None:
     assert "--log-info=true" in command(ServeOptions(verbose=True))
 
 
 @pytest.mark.parametrize("present", [True, False], ids=["gpu", "no-gpu"])
-def test_without_a_gpu_triton_is_told_not_to_look_for_one(
-    present: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gpu_metrics_are_off_without_a_gpu(present: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = tmp_path / "nvidiactl"
     if present:
         device.touch()
@@ -86,7 +84,7 @@ def test_without_a_gpu_triton_is_told_not_to_look_for_one(
     ],
     ids=str,
 )
-def test_the_addresses_reach_the_server_from_here(host: str, address: str) -> None:
+def test_addresses_are_reachable_from_this_machine(host: str, address: str) -> None:
     assert ServeOptions(host=host).addresses == {
         "http": f"http://{address}:8000",
         "grpc": f"{address}:8001",
@@ -113,7 +111,7 @@ def pretend(
 @pytest.mark.parametrize(
     "libc", [("glibc", "2.35"), ("glibc", "2.100"), ("glibc", "3.0"), ("glibc", "2.36.9000")], ids=str
 )
-def test_a_platform_that_will_do(libc: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_supported_platform_passes(libc: tuple[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, libc=libc)
     check_platform(TRITON)
 
@@ -132,7 +130,7 @@ def test_a_platform_that_will_do(libc: tuple[str, str], monkeypatch: pytest.Monk
     ],
     ids=["mac", "arm", "old-glibc", "older-glibc", "musl"],
 )
-def test_another_platform_is_told_to_use_the_container(
+def test_unsupported_platform_is_referred_to_the_container(
     pretended: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pretend(monkeypatch, **pretended)
@@ -143,14 +141,14 @@ def test_another_platform_is_told_to_use_the_container(
 
 
 @pytest.mark.parametrize("version", [(3, 9), (3, 13)], ids=str)
-def test_a_python_that_triton_has_no_stub_for(version: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_python_is_rejected(version: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "version_info", FakeVersion((*version, 0)))
     with pytest.raises(ServeError, match=rf"Python 3.10 to 3.12, not {version[0]}\.{version[1]}: "):
         find_libpython()
 
 
 class FakeVersion(tuple[int, ...]):
-    """Enough of sys.version_info."""
+    """Substitute for sys.version_info."""
 
     __slots__ = ()
 
@@ -168,7 +166,9 @@ def supported_python(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "version_info", FakeVersion((3, 11, 7)))
 
 
-def test_a_python_without_its_library(supported_python: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_without_shared_library_is_rejected(
+    supported_python: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sysconfig, "get_config_var", {"LIBDIR": str(tmp_path), "MULTIARCH": None}.get)
     monkeypatch.setattr(sys, "base_prefix", str(tmp_path / "prefix"))
     with pytest.raises(ServeError) as caught:
@@ -180,7 +180,7 @@ def test_a_python_without_its_library(supported_python: None, tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("place", ["libdir", "prefix/lib"])
-def test_the_library_is_found_where_python_says_or_below_its_prefix(
+def test_shared_library_is_found_in_libdir_or_prefix(
     place: str, supported_python: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sysconfig, "get_config_var", {"LIBDIR": str(tmp_path / "libdir"), "MULTIARCH": None}.get)
@@ -195,7 +195,7 @@ def test_the_library_is_found_where_python_says_or_below_its_prefix(
 
 
 class Pip:
-    """Stands in for pip: notes what it is asked, and installs a file or fails."""
+    """Fake pip that records its calls and installs a file or fails."""
 
     def __init__(self, *, returncode: int = 0, stderr: str = "") -> None:
         self.returncode, self.stderr = returncode, stderr
@@ -219,7 +219,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("wheel", [TRITON, STUB_NUMPY], ids=lambda wheel: wheel.name)
-def test_a_wheel_is_fetched_once_with_its_hashes(
+def test_wheel_is_fetched_once_with_its_hashes(
     wheel: wheels.Wheel, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pip = Pip()
@@ -234,7 +234,7 @@ def test_a_wheel_is_fetched_once_with_its_hashes(
     assert all(f"--hash=sha256:{digest}" in requirements for digest in wheel.sha256)
 
 
-def test_numpy_is_kept_apart_for_each_python() -> None:
+def test_each_python_has_its_own_numpy() -> None:
     assert f"cp{sys.version_info.major}{sys.version_info.minor}" in STUB_NUMPY.folder_name
     assert "cp" not in TRITON.folder_name
 
@@ -248,7 +248,7 @@ def test_numpy_is_kept_apart_for_each_python() -> None:
     ],
     ids=["errors", "traceback", "silent"],
 )
-def test_a_failing_pip_gives_one_line_and_leaves_nothing(
+def test_failed_pip_gives_one_line_and_leaves_nothing(
     stderr: str, reason: str, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(subprocess, "run", Pip(returncode=2, stderr=stderr))
@@ -260,7 +260,7 @@ def test_a_failing_pip_gives_one_line_and_leaves_nothing(
     assert fetch(TRITON).is_dir()
 
 
-def test_a_cache_that_cannot_be_written(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_cache_is_reported(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.write_text("a file")
     monkeypatch.setenv("GENSERVE_CACHE_DIR", str(cache / "below"))
     monkeypatch.setattr(subprocess, "run", Pip())
@@ -268,7 +268,7 @@ def test_a_cache_that_cannot_be_written(cache: Path, monkeypatch: pytest.MonkeyP
         fetch(TRITON)
 
 
-def test_an_installed_triton_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_installed_triton_takes_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     binary = tmp_path / "tritonserver"
     binary.write_text("#!/bin/sh\n")
     binary.chmod(0o755)
@@ -279,7 +279,7 @@ def test_an_installed_triton_comes_first(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.fixture
 def fetched(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache that holds what the two wheels would bring, and a libpython."""
+    """Create a cache with the files of both wheels, and a libpython."""
     server = cache / TRITON.folder_name / "pytriton" / "tritonserver"
     for name in (
         "bin/tritonserver",
@@ -296,7 +296,7 @@ def fetched(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return server
 
 
-def test_the_embedded_triton_runs_this_python(fetched: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_embedded_triton_uses_the_running_python(fetched: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LD_LIBRARY_PATH", "/given")
     found = embedded_triton()
     assert found.binary == fetched / "bin" / "tritonserver"
@@ -309,7 +309,7 @@ def test_the_embedded_triton_runs_this_python(fetched: Path, cache: Path, monkey
     assert found.environment[WORKER_PATH_ENV] in found.environment["PYTHONPATH"]
 
 
-def test_the_backends_stub_is_this_pythons(fetched: Path) -> None:
+def test_backend_stub_matches_the_running_python(fetched: Path) -> None:
     for _ in range(2):
         (argument,) = [word for word in embedded_triton().arguments if word.startswith("--backend-directory=")]
         python = Path(argument.partition("=")[2]) / "python"
@@ -338,7 +338,7 @@ def with_ports(*, http_port: int, grpc_port: int, metrics_port: int) -> ServeOpt
 
 
 @pytest.mark.parametrize(("field", "flag"), PORTS_FLAGS, ids=[flag for _, flag in PORTS_FLAGS])
-def test_a_taken_port_is_named_with_its_flag(field: str, flag: str, listening: int) -> None:
+def test_port_in_use_is_reported_with_its_flag(field: str, flag: str, listening: int) -> None:
     ports = {"http_port": free_port(), "grpc_port": free_port(), "metrics_port": free_port()}
     check_ports(with_ports(**ports))
     with pytest.raises(ServeError) as caught:
@@ -346,12 +346,12 @@ def test_a_taken_port_is_named_with_its_flag(field: str, flag: str, listening: i
     assert str(caught.value) == f"port {listening} on 127.0.0.1: Address already in use (choose another with {flag})"
 
 
-def test_an_address_of_another_machine_is_named() -> None:
+def test_foreign_address_is_reported() -> None:
     with pytest.raises(ServeError, match=r"port \d+ on 192\.0\.2\.1: Cannot assign requested address"):
         check_ports(ServeOptions(host="192.0.2.1", http_port=free_port()))
 
 
-def test_a_name_that_is_no_address_is_said_to_be_none(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unresolvable_host_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(*_arguments: Any) -> None:
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
@@ -362,7 +362,7 @@ def test_a_name_that_is_no_address_is_said_to_be_none(monkeypatch: pytest.Monkey
 
 
 class FakeSocket(socket.socket):
-    """A socket whose bind a test replaces."""
+    """Socket with a replaceable bind."""
 
 
 @pytest.fixture
@@ -393,7 +393,7 @@ def test_only_segments_of_dead_servers_are_removed(segments: Path) -> None:
     assert sorted(path.name for path in segments.iterdir()) == sorted(kept)
 
 
-def test_segments_of_another_user_are_left(segments: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_segments_of_another_user_are_kept(segments: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dead = dead_pid()
     foreign, own = segments / f"genserve-{dead}-a-foreign", segments / f"genserve-{dead}-b-own"
     foreign.touch()

@@ -1,4 +1,4 @@
-"""Where a setting's value comes from, and what is said about one that cannot be used."""
+"""Settings: origin of values, and errors for invalid ones."""
 
 from __future__ import annotations
 
@@ -59,9 +59,7 @@ def test_every_documented_variable_reaches_its_field() -> None:
     ],
     ids=["up", "below", "absolute", "environment", "relative-environment"],
 )
-def test_a_relative_path_starts_at_the_repository_only_when_it_is_a_parameter(
-    parameter: str, environ: dict[str, str], expected: str
-) -> None:
+def test_relative_parameter_starts_at_the_repository(parameter: str, environ: dict[str, str], expected: str) -> None:
     assert flux({"model_path": parameter}, **environ).model_path == Path(expected)
 
 
@@ -93,33 +91,27 @@ def test_errors_name_the_origin_and_the_value(
     assert "\n" not in message
 
 
-def test_a_missing_path_is_named() -> None:
+def test_missing_path_is_named() -> None:
     with pytest.raises(SettingsError, match="model_path in config.pbtxt: .*required"):
         load(RerankSettings, {}, repository=REPOSITORY, environ={"FLUX_MODEL_PATH": "/f"})
 
 
 @pytest.mark.parametrize("value", ["4096", str(2**28)])
-def test_the_pixel_budget_reaches_its_limits(value: str) -> None:
+def test_pixel_limit_accepts_its_bounds(value: str) -> None:
     assert flux(MAX_PIXELS=value).max_pixels == int(value)
-
-
-def test_settings_cannot_be_changed() -> None:
-    settings = flux()
-    with pytest.raises(ValueError, match="frozen"):
-        settings.threads = 2
 
 
 # The engine of the reranker.
 
 
-def test_each_model_has_its_own_arithmetic() -> None:
+def test_each_model_has_its_own_dtype() -> None:
     environ = {"FLUX_DTYPE": "float16", "RERANK_DTYPE": "int8"}
     assert flux(**environ).dtype == "float16"
     assert rerank(**environ).dtype == "int8"
     assert (flux().dtype, rerank().dtype) == ("auto", "auto")
 
 
-def test_vllm_gets_its_settings_from_the_environment() -> None:
+def test_vllm_settings_come_from_the_environment() -> None:
     settings = rerank(ENGINE="vllm", GPU_MEMORY_UTILIZATION="0.5", TENSOR_PARALLEL_SIZE="2")
     assert (settings.engine, settings.gpu_memory_utilization, settings.tensor_parallel_size) == ("vllm", 0.5, 2)
     plain = rerank()
@@ -144,7 +136,7 @@ def test_vllm_gets_its_settings_from_the_environment() -> None:
     ],
     ids=str,
 )
-def test_a_bad_engine_setting_is_named(environ: dict[str, str], parts: list[str]) -> None:
+def test_invalid_engine_setting_is_named(environ: dict[str, str], parts: list[str]) -> None:
     with pytest.raises(SettingsError) as caught:
         rerank(**environ)
     assert all(part in str(caught.value) for part in parts)
@@ -160,7 +152,7 @@ def test_a_bad_engine_setting_is_named(environ: dict[str, str], parts: list[str]
     ],
     ids=str,
 )
-def test_torch_is_limited_only_where_that_is_asked_for(environ: dict[str, str], expected: float | None) -> None:
+def test_memory_share_is_opt_in(environ: dict[str, str], expected: float | None) -> None:
     settings: RerankSettings = pickle.loads(pickle.dumps(rerank(**environ)))
     assert settings.memory_share == expected
     assert flux(**environ).memory_share is None
@@ -179,12 +171,12 @@ def test_torch_is_limited_only_where_that_is_asked_for(environ: dict[str, str], 
     ],
     ids=str,
 )
-def test_the_gpus_of_an_instance(device: str, environ: dict[str, str], expected: tuple[int, ...]) -> None:
+def test_instance_uses_its_gpu_group(device: str, environ: dict[str, str], expected: tuple[int, ...]) -> None:
     parameters = {"gpu_groups": environ["gpu_groups"]} if "gpu_groups" in environ else {}
     assert rerank(parameters, **environ).gpus(device) == expected
 
 
-def test_an_image_instance_has_one_gpu() -> None:
+def test_flux_instance_uses_one_gpu() -> None:
     assert flux().gpus("cuda:3") == (3,)
     assert flux().gpus("cpu") == ()
 
@@ -194,7 +186,7 @@ def test_an_image_instance_has_one_gpu() -> None:
     [({}, "cpu", 0.25), ({}, "cuda", 0.0), ({"max_padding": "1"}, "cuda", 1.0)],
     ids=str,
 )
-def test_sizes_are_padded_where_that_was_measured(environ: dict[str, str], device: str, expected: float) -> None:
+def test_padding_limit_depends_on_the_device(environ: dict[str, str], device: str, expected: float) -> None:
     settings = load(FluxSettings, {"model_path": "/f", **environ}, repository=Path("/"), environ={})
     assert settings.padding_limit(device) == expected
 
@@ -207,7 +199,7 @@ def limits(settings: RerankSettings) -> tuple[int, int, int, int]:
     return settings.max_num_seqs, *budgets, settings.prefix_cache_bytes
 
 
-def test_a_size_sets_the_limits_that_nobody_has_set() -> None:
+def test_model_size_sets_the_default_limits() -> None:
     sizes = [limits(rerank(MODEL_SIZE=size)) for size in SIZE_LIMITS]
     assert limits(rerank()) == sizes[0] == (256, 16_384, 1_024, 256 * 2**20)
     assert sizes[1:] == [(128, 8_192, 256, 512 * 2**20), (64, 4_096, 128, 512 * 2**20)]
@@ -221,9 +213,7 @@ def test_a_size_sets_the_limits_that_nobody_has_set() -> None:
     ids=["several", "one", "sentence-transformers"],
 )
 @pytest.mark.parametrize("is_parameter", [True, False], ids=["parameter", "environment"])
-def test_a_size_picks_the_folder_among_several(
-    file: str | None, expected: str, is_parameter: bool, tmp_path: Path
-) -> None:
+def test_model_size_selects_the_folder(file: str | None, expected: str, is_parameter: bool, tmp_path: Path) -> None:
     if file:
         (tmp_path / file).touch()
     environ = {"MODEL_SIZE": "4B"} | ({} if is_parameter else {"RERANK_MODEL_PATH": str(tmp_path)})
@@ -232,5 +222,5 @@ def test_a_size_picks_the_folder_among_several(
     assert limits(found) == limits(rerank(MODEL_SIZE="4B"))
 
 
-def test_without_a_size_the_path_is_the_folder(tmp_path: Path) -> None:
+def test_without_model_size_the_path_is_the_folder(tmp_path: Path) -> None:
     assert rerank(RERANK_MODEL_PATH=str(tmp_path)).model_path == tmp_path

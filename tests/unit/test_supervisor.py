@@ -1,4 +1,4 @@
-"""The supervisor with real worker processes, which work, hang, crash, and lose their parent."""
+"""The supervisor with real worker processes that work, hang, crash and lose their parent."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PATIENCE_S = 30.0
 
 
 class Recorder:
-    """A task that remembers what it was told."""
+    """A task that records its callbacks."""
 
     def __init__(self, task_id: str) -> None:
         self.task_id = task_id
@@ -92,7 +92,7 @@ def submitter(supervisor: Supervisor, recorders: list[Recorder]) -> Submit:
 
 
 def is_gone(pid: int) -> bool:
-    """Whether a process has ended; one that nobody has buried yet has."""
+    """Return whether a process has ended; a zombie has."""
     try:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
@@ -125,7 +125,7 @@ def kill_worker(supervisor: Supervisor) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def worker_path() -> Iterator[None]:
-    """Lets the workers import `worker_handlers`."""
+    """Let the workers import `worker_handlers`."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(WORKER_PATH_ENV, os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]))
         yield
@@ -141,7 +141,7 @@ def shared() -> Iterator[Supervisor]:
 
 @pytest.fixture
 def submit(shared: Supervisor) -> Iterator[Submit]:
-    """Submits to the supervisor that the tests share; every request has exactly one end by the end of the test."""
+    """Return a submit function for the shared supervisor; every request ends exactly once by the end of the test."""
     recorders: list[Recorder] = []
     yield submitter(shared, recorders)
     for recorder in recorders:
@@ -151,18 +151,18 @@ def submit(shared: Supervisor) -> Iterator[Submit]:
 
 @pytest.fixture
 def gate(tmp_path: Path) -> Iterator[Path]:
-    """A file that ends every `hold` and `hang` once it is there."""
+    """Return the path of a file that ends every `hold` and `hang` once it exists."""
     yield tmp_path / "gate"
     (tmp_path / "gate").touch()
 
 
-def test_answers_come_in_order(submit: Submit) -> None:
+def test_answers_arrive_in_order(submit: Submit) -> None:
     tasks = [submit("echo", {"number": number}) for number in range(20)]
     assert [task.outcome() for task in tasks] == [{"number": number} for number in range(20)]
     assert [task.ended_s for task in tasks] == sorted(task.ended_s for task in tasks)
 
 
-def test_the_worker_is_another_process_on_its_device(shared: Supervisor, submit: Submit) -> None:
+def test_worker_is_a_separate_process_on_its_device(shared: Supervisor, submit: Submit) -> None:
     assert submit("where").outcome() == (shared.worker_pid, "cpu")
     assert shared.worker_pid != os.getpid()
 
@@ -173,7 +173,7 @@ def test_progress_reaches_the_task(submit: Submit) -> None:
     assert task.progress == [(1, 3, b""), (2, 3, b""), (3, 3, b"preview")]
 
 
-def test_a_full_instance_blocks_until_a_slot_frees(shared: Supervisor, submit: Submit, gate: Path) -> None:
+def test_full_instance_blocks_until_a_slot_is_free(shared: Supervisor, submit: Submit, gate: Path) -> None:
     shared.wait_for_slot()
     tasks = [submit("hold", str(gate)) for _ in range(SLOTS)]
     through = threading.Event()
@@ -185,20 +185,20 @@ def test_a_full_instance_blocks_until_a_slot_frees(shared: Supervisor, submit: S
     assert [task.ended.is_set() for task in tasks[1:]] == [False] * (SLOTS - 1)
 
 
-def test_an_arbitrary_exception_is_its_requests_own(submit: Submit) -> None:
+def test_unexpected_exception_fails_only_its_request(submit: Submit) -> None:
     bad, good = submit("fail", "secret"), submit("echo", "good")
     assert type(bad.outcome()) is ServerError
     assert str(bad.outcome()) == "KeyError in the engine; see the server's log"
     assert good.outcome() == "good"
 
 
-def test_a_request_error_crosses_the_processes(submit: Submit) -> None:
+def test_request_error_crosses_the_process_boundary(submit: Submit) -> None:
     error = submit("refuse", "STEPS is 0; allowed: 1 to 100").outcome()
     assert type(error) is InvalidInput
     assert error.wire_message == "InvalidInput: STEPS is 0; allowed: 1 to 100"
 
 
-def test_cancelled_while_running(submit: Submit, gate: Path) -> None:
+def test_running_request_can_be_cancelled(submit: Submit, gate: Path) -> None:
     running, queued = submit("hold", str(gate)), submit("echo", "next")
     assert running.running.wait(PATIENCE_S)
     running.cancelled = True
@@ -206,7 +206,7 @@ def test_cancelled_while_running(submit: Submit, gate: Path) -> None:
     assert queued.outcome() == "next"
 
 
-def test_cancelled_while_queued(submit: Submit, gate: Path) -> None:
+def test_queued_request_can_be_cancelled(submit: Submit, gate: Path) -> None:
     running, queued, last = submit("hold", str(gate)), submit("steps", 3), submit("echo", "last")
     queued.cancelled = True
     assert running.running.wait(PATIENCE_S)
@@ -219,14 +219,14 @@ def test_cancelled_while_queued(submit: Submit, gate: Path) -> None:
     assert last.outcome() == "last"
 
 
-def test_deadline_while_running(submit: Submit, gate: Path) -> None:
+def test_running_request_fails_at_its_deadline(submit: Submit, gate: Path) -> None:
     running, queued = submit("hold", str(gate), within_s=0.3), submit("echo", "next")
     assert type(running.outcome()) is DeadlineExceeded
     assert running.progress
     assert queued.outcome() == "next"
 
 
-def test_deadline_while_queued(submit: Submit, gate: Path) -> None:
+def test_queued_request_fails_at_its_deadline(submit: Submit, gate: Path) -> None:
     running, queued = submit("hold", str(gate)), submit("steps", 3, within_s=0.1)
     time.sleep(0.2)
     gate.touch()
@@ -235,7 +235,7 @@ def test_deadline_while_queued(submit: Submit, gate: Path) -> None:
     assert queued.progress == []
 
 
-def test_deadlines_hold_where_the_engine_does_not_look(
+def test_supervisor_enforces_deadlines_if_the_engine_does_not(
     submit: Submit, gate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor_module, "DEADLINE_GRACE_S", 0.1)
@@ -247,7 +247,7 @@ def test_deadlines_hold_where_the_engine_does_not_look(
     assert last.outcome() == 2
 
 
-def test_a_stopped_worker_does_not_block_those_who_submit(shared: Supervisor, submit: Submit) -> None:
+def test_stopped_worker_does_not_block_submit(shared: Supervisor, submit: Submit) -> None:
     worker = psutil.Process(shared.worker_pid)
     large = "x" * 5_000_000
     worker.suspend()
@@ -262,12 +262,12 @@ def test_a_stopped_worker_does_not_block_those_who_submit(shared: Supervisor, su
     assert task.outcome() == large
 
 
-def test_what_is_in_flight_survives_the_worker(shared: Supervisor, submit: Submit, gate: Path) -> None:
+def test_requests_in_flight_survive_a_worker_death(shared: Supervisor, submit: Submit, gate: Path) -> None:
     before = shared.worker_pid
     in_flight = [submit("hold", str(gate)), submit("echo", 1), submit("echo", 2)]
     assert in_flight[0].running.wait(PATIENCE_S)
     kill_worker(shared)
-    # These come while the next worker loads.
+    # These arrive while the next worker loads.
     cancelled, late, patient = submit("echo", 3), submit("echo", 4, within_s=0.2), submit("echo", 5)
     cancelled.cancelled = True
     assert type(cancelled.outcome()) is Cancelled
@@ -278,7 +278,7 @@ def test_what_is_in_flight_survives_the_worker(shared: Supervisor, submit: Submi
     assert submit("where").outcome()[0] == shared.worker_pid != before
 
 
-def test_a_request_that_kills_workers_fails_alone(shared: Supervisor, submit: Submit, gate: Path) -> None:
+def test_request_that_kills_workers_fails_alone(shared: Supervisor, submit: Submit, gate: Path) -> None:
     before = submit("hold", str(gate))
     killer = submit("crash")
     behind = [submit("echo", number) for number in range(5)]
@@ -291,7 +291,7 @@ def test_a_request_that_kills_workers_fails_alone(shared: Supervisor, submit: Su
     assert submit("echo", "next").outcome() == "next"
 
 
-def test_a_worker_that_cannot_come_back_fails_what_waits_until_it_can(
+def test_failed_restart_fails_waiting_requests_until_a_restart_succeeds(
     shared: Supervisor, submit: Submit, gate: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor_module, "RESTART_BACKOFF_S", (0.0, 0.1))
@@ -307,7 +307,7 @@ def test_a_worker_that_cannot_come_back_fails_what_waits_until_it_can(
     assert submit("echo", "back").outcome() == "back"
 
 
-def test_a_worker_that_gives_no_sign_of_life_is_replaced(gate: Path) -> None:
+def test_hung_worker_is_replaced(gate: Path) -> None:
     supervisor = make(hang_timeout_s=2.0)
     supervisor.start()
     try:
@@ -315,7 +315,7 @@ def test_a_worker_that_gives_no_sign_of_life_is_replaced(gate: Path) -> None:
         hung = psutil.Process(supervisor.worker_pid)
         running = submit("hold", str(gate))
         assert running.running.wait(PATIENCE_S)
-        time.sleep(2.5)  # longer than the timeout, but the worker gets on
+        time.sleep(2.5)  # longer than the timeout, but with heartbeats
         assert supervisor.worker_pid == hung.pid
         hung.suspend()
         queued = submit("echo", "queued")
@@ -328,9 +328,7 @@ def test_a_worker_that_gives_no_sign_of_life_is_replaced(gate: Path) -> None:
         supervisor.close()
 
 
-def test_a_worker_that_is_stopped_in_the_middle_of_a_large_answer_is_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_worker_stopped_inside_a_large_answer_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ONCE_ENV, str(tmp_path / "stopped"))
     supervisor = make("build_stopping", hang_timeout_s=2.0)
     supervisor.start()
@@ -340,7 +338,7 @@ def test_a_worker_that_is_stopped_in_the_middle_of_a_large_answer_is_replaced(
         large = submit("echo", b"x" * 20_000_000)
         assert wait_until(lambda: stopped.status() == psutil.STATUS_STOPPED, PATIENCE_S)
         since = time.monotonic()
-        # The supervisor goes on to look after its callers.
+        # The supervisor still handles cancellations and deadlines.
         cancelled, late = submit("hold", "/none"), submit("echo", 1, within_s=0.2)
         cancelled.cancelled = True
         assert cancelled.heard.wait(0.5)
@@ -353,7 +351,7 @@ def test_a_worker_that_is_stopped_in_the_middle_of_a_large_answer_is_replaced(
         supervisor.close()
 
 
-def test_close_does_not_wait_for_a_worker_that_is_stopped_in_the_middle_of_an_answer(
+def test_close_does_not_wait_for_a_worker_stopped_inside_an_answer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(ONCE_ENV, str(tmp_path / "stopped"))
@@ -368,7 +366,7 @@ def test_close_does_not_wait_for_a_worker_that_is_stopped_in_the_middle_of_an_an
     assert type(large.outcome()) is ServerUnavailable
 
 
-def test_a_thread_of_the_worker_that_panics_costs_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_panicking_worker_thread_causes_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ONCE_ENV, str(tmp_path / "panicked"))
     supervisor = make("build_panicking")
     supervisor.start()
@@ -385,8 +383,8 @@ def test_a_thread_of_the_worker_that_panics_costs_a_restart(tmp_path: Path, monk
         supervisor.close()
 
 
-def test_a_stalled_helper_thread_counts_as_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Although beats, progress and other answers go on."""
+def test_stalled_helper_thread_counts_as_a_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Even while heartbeats, progress and other answers continue."""
     supervisor = make("build_stalling", hang_timeout_s=2.0)
     supervisor.start()
     try:
@@ -401,7 +399,7 @@ def test_a_stalled_helper_thread_counts_as_a_hang(monkeypatch: pytest.MonkeyPatc
         supervisor.close()
 
 
-def test_close_ends_the_worker_and_answers_what_is_in_flight(gate: Path) -> None:
+def test_close_ends_the_worker_and_fails_requests_in_flight(gate: Path) -> None:
     supervisor = make(slots=1)
     supervisor.start()
     recorders: list[Recorder] = []
@@ -429,7 +427,7 @@ def test_close_ends_the_worker_and_answers_what_is_in_flight(gate: Path) -> None
     ],
     ids=["no-checkpoint", "exception", "crash", "timeout"],
 )
-def test_a_worker_that_cannot_load_says_why(factory: str, settings: dict[str, Any], reason: str) -> None:
+def test_failed_start_reports_its_reason(factory: str, settings: dict[str, Any], reason: str) -> None:
     supervisor = make(factory, **settings)
     with pytest.raises(WorkerStartError) as caught:
         supervisor.start()
@@ -459,7 +457,7 @@ time.sleep(600)
 
 
 def test_workers_end_when_their_parent_is_killed() -> None:
-    """Also one that is stopped, and so cannot notice by itself."""
+    """This includes a stopped worker, which cannot notice the end by itself."""
     with subprocess.Popen([sys.executable, "-c", PARENT], stdout=subprocess.PIPE, text=True) as parent:
         try:
             assert parent.stdout is not None
@@ -477,8 +475,8 @@ def test_workers_end_when_their_parent_is_killed() -> None:
                     os.kill(pid, signal.SIGKILL)
 
 
-class Faulty(Recorder):
-    """A task whose every callback raises, after it has remembered what it was told."""
+class RaisingRecorder(Recorder):
+    """A task that records its callbacks, and raises in each of them."""
 
     def is_cancelled(self) -> bool:
         raise RuntimeError("is_cancelled")
@@ -491,16 +489,16 @@ class Faulty(Recorder):
         raise RuntimeError("on_done")
 
 
-def test_a_callback_that_raises_costs_nobody_else_anything(shared: Supervisor, submit: Submit) -> None:
+def test_raising_callback_affects_only_its_request(shared: Supervisor, submit: Submit) -> None:
     before = shared.worker_pid
-    faulty = Faulty("faulty")
+    faulty = RaisingRecorder("faulty")
     shared.submit(faulty, ("steps", 3), deadline=time.monotonic() + 60)
     assert submit("echo", "well").outcome() == "well"
     assert faulty.outcome() == "stepped"
     assert shared.worker_pid == before
 
 
-def test_a_request_after_the_end_is_answered() -> None:
+def test_request_after_close_is_answered() -> None:
     supervisor = make()
     supervisor.start()
     supervisor.close()
@@ -508,7 +506,7 @@ def test_a_request_after_the_end_is_answered() -> None:
     assert isinstance(late.outcome(), ServerUnavailable)
 
 
-def test_a_worker_that_is_stopped_while_it_loads_is_replaced() -> None:
+def test_worker_stopped_during_loading_is_replaced() -> None:
     supervisor = make(hang_timeout_s=2.0)
 
     def start() -> None:
@@ -534,9 +532,7 @@ def test_a_worker_that_is_stopped_while_it_loads_is_replaced() -> None:
     ],
     ids=["refused", "empty-handshake"],
 )
-def test_a_process_that_cannot_be_started_is_a_failed_start(
-    error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unstartable_process_is_a_failed_start(error: Exception, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(start: Start) -> None:
         raise error
 
@@ -550,11 +546,11 @@ def test_a_process_that_cannot_be_started_is_a_failed_start(
     [(0, "exit code 0"), (70, "exit code 70"), (-9, "signal SIGKILL"), (-40, "signal 40"), (-200, "signal 200")],
     ids=str,
 )
-def test_the_end_of_a_process_has_a_reason(code: int, reason: str) -> None:
+def test_exit_reason_describes_the_end_of_a_process(code: int, reason: str) -> None:
     assert exit_reason(code) == reason
 
 
-def test_a_worker_that_ends_by_a_signal_without_a_name_is_replaced() -> None:
+def test_worker_killed_by_a_nameless_signal_is_replaced() -> None:
     supervisor = make()
     supervisor.start()
     try:

@@ -1,4 +1,4 @@
-"""The training of the demo's FLUX: every stage for a few steps, and going on where it stopped."""
+"""The training of the demo's FLUX: every stage for a few steps, and resuming."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from diffusers import FluxPipeline
 from torch import nn
 
 from training.flow import draw_sigmas
-from training.stage import Sitting, Stage
+from training.stage import Session, Stage
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the smoke run wrote."""
+    """Output folder of a smoke run."""
     folder = tmp_path_factory.mktemp("train")
     command = [sys.executable, str(DEMO / "train_flux.py"), "--smoke", "--device", "cpu"]
     command += ["--work", str(folder / "work"), "--flux", str(folder / "flux"), "--lora", str(folder / "lora")]
@@ -38,8 +38,8 @@ def generate(pipeline: Any) -> np.ndarray:
     return np.asarray(image.images[0])
 
 
-def test_smoke_writes_a_checkpoint_and_a_lora_that_plain_diffusers_loads(trained: Path) -> None:
-    pipeline = FluxPipeline.from_pretrained(trained / "flux")  # without a dtype, as anyone would
+def test_smoke_run_writes_a_checkpoint_and_a_lora_that_diffusers_loads(trained: Path) -> None:
+    pipeline = FluxPipeline.from_pretrained(trained / "flux")  # without a dtype, the common case
     pipeline.set_progress_bar_config(disable=True)
     plain = generate(pipeline)
     assert plain.shape == (128, 128, 3)
@@ -50,14 +50,14 @@ def test_smoke_writes_a_checkpoint_and_a_lora_that_plain_diffusers_loads(trained
 
 
 @pytest.mark.parametrize("stage", ["autoencoder", "text", "flow", "guidance", "lora"])
-def test_every_stage_leaves_a_checkpoint(trained: Path, stage: str) -> None:
+def test_stage_writes_a_checkpoint(trained: Path, stage: str) -> None:
     state = torch.load(trained / "work" / stage / "checkpoint.pt", weights_only=True)
     assert state["step"] > 0
     assert all(torch.isfinite(weight).all() for weight in state["averaged"].values() if weight.is_floating_point())
 
 
 @pytest.mark.parametrize("stage", ["flow", "guidance", "lora"])
-def test_stages_that_draw_leave_a_grid(trained: Path, stage: str) -> None:
+def test_image_stages_write_a_sample_grid(trained: Path, stage: str) -> None:
     assert len(list((trained / "work" / stage / "samples").glob("*.png"))) == 1
 
 
@@ -66,11 +66,11 @@ class Interrupted(Exception):
 
 
 def toy(work: Path, *, stop_at: int | None = None) -> nn.Module:
-    """A stage that fits noise; everything in it is the stage's own."""
+    """Train a stage that fits noise; stop before a step."""
     torch.manual_seed(0)
     model = nn.Linear(4, 4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
-    stage = Stage("toy", Sitting(work), model, [optimizer], steps=40, warmup=5, save_every=10)
+    stage = Stage("toy", Session(work), model, [optimizer], steps=40, warmup=5, save_every=10)
     for step in stage:
         if step == stop_at:
             raise Interrupted
@@ -79,26 +79,26 @@ def toy(work: Path, *, stop_at: int | None = None) -> nn.Module:
     return stage.averaged.module
 
 
-def test_an_interrupted_stage_ends_like_one_that_was_not(tmp_path: Path) -> None:
+def test_interrupted_stage_ends_with_the_same_weights(tmp_path: Path) -> None:
     whole = toy(tmp_path / "whole")
     with pytest.raises(Interrupted):
         toy(tmp_path / "parts", stop_at=25)
     resumed = toy(tmp_path / "parts")
     for name, weight in whole.state_dict().items():
         assert torch.equal(weight, resumed.state_dict()[name])
-    rows = (tmp_path / "whole" / "toy" / "losses.csv").read_text().splitlines()
-    assert rows[0] == "step,loss"
-    assert [row.partition(",")[0] for row in rows[1:]] == ["20", "40"]
+    lines = (tmp_path / "whole" / "toy" / "losses.csv").read_text().splitlines()
+    assert lines[0] == "step,loss"
+    assert [line.partition(",")[0] for line in lines[1:]] == ["20", "40"]
 
 
-def test_a_finished_stage_does_nothing_more(tmp_path: Path) -> None:
+def test_finished_stage_is_not_trained_again(tmp_path: Path) -> None:
     first = toy(tmp_path)
     before = (tmp_path / "toy" / "checkpoint.pt").stat().st_mtime_ns
     assert torch.equal(toy(tmp_path).weight, first.weight)
     assert (tmp_path / "toy" / "checkpoint.pt").stat().st_mtime_ns == before
 
 
-def test_sigmas_are_shifted_towards_noise_for_larger_images() -> None:
+def test_sigmas_shift_towards_noise_for_larger_images() -> None:
     small, large = (draw_sigmas(4000, tokens, torch.Generator().manual_seed(0)) for tokens in (64, 4096))
     assert 0 < small.min() < small.max() < 1
     assert 0.5 < small.mean() < large.mean()

@@ -1,4 +1,4 @@
-"""How a worker process is set up for its device before it loads a model."""
+"""Setup of a worker process for its device before it loads a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from genserve_backend.settings import ModelSettings, RerankSettings, SettingsError
 from genserve_backend.worker.messages import Start
-from genserve_backend.worker.process import VISIBLE_GPUS_ENV, keep_gpus, load_engine
+from genserve_backend.worker.process import VISIBLE_GPUS_ENV, hide_other_gpus, load_engine
 
 
 def start(device: str, **settings: Any) -> Start:
@@ -34,14 +34,14 @@ def build(settings: ModelSettings, device: str, emit: Any) -> Any:
     ],
     ids=str,
 )
-def test_vllm_sees_its_group_alone(
+def test_vllm_worker_sees_only_its_gpu_group(
     device: str, visible: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(VISIBLE_GPUS_ENV, visible or "")
     if visible is None:
         monkeypatch.delenv(VISIBLE_GPUS_ENV)
     groups = {"gpu_groups": "2,5"} if device == "cuda:2" else {}
-    assert keep_gpus(start(device, engine="vllm", tensor_parallel_size=2, **groups)) == "cuda:0"
+    assert hide_other_gpus(start(device, engine="vllm", tensor_parallel_size=2, **groups)) == "cuda:0"
     assert os.environ[VISIBLE_GPUS_ENV] == expected
 
 
@@ -56,30 +56,30 @@ def test_vllm_sees_its_group_alone(
     ],
     ids=str,
 )
-def test_a_worker_sees_its_own_gpu_alone(
+def test_worker_sees_only_its_gpu(
     device: str, visible: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(VISIBLE_GPUS_ENV, visible or "")
     if visible is None:
         monkeypatch.delenv(VISIBLE_GPUS_ENV)
-    assert keep_gpus(start(device)) == "cuda:0"
+    assert hide_other_gpus(start(device)) == "cuda:0"
     assert os.environ[VISIBLE_GPUS_ENV] == expected
 
 
 @pytest.mark.parametrize("engine", ["torch", "vllm"])
-def test_a_worker_on_the_cpu_hides_nothing(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_worker_hides_no_gpus(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VISIBLE_GPUS_ENV, "4,7,6")
-    assert keep_gpus(start("cpu", engine=engine)) == "cpu"
+    assert hide_other_gpus(start("cpu", engine=engine)) == "cpu"
     assert os.environ[VISIBLE_GPUS_ENV] == "4,7,6"
 
 
-def test_a_gpu_that_is_not_visible_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invisible_gpu_is_named_in_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VISIBLE_GPUS_ENV, "4,7")
     with pytest.raises(SettingsError, match="no GPU 2 in CUDA_VISIBLE_DEVICES=4,7"):
-        keep_gpus(start("cuda:1", engine="vllm", tensor_parallel_size=2))
+        hide_other_gpus(start("cuda:1", engine="vllm", tensor_parallel_size=2))
 
 
-def test_gpus_are_hidden_before_torch_is_there() -> None:
+def test_worker_process_does_not_import_torch_early() -> None:
     code = "import sys; import genserve_backend.worker.process; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
@@ -93,7 +93,7 @@ def test_gpus_are_hidden_before_torch_is_there() -> None:
     ],
     ids=["free", "limited", "vllm"],
 )
-def test_the_memory_that_torch_may_take(
+def test_memory_limit_applies_to_torch_only(
     settings: dict[str, Any], expected: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Any] = []

@@ -1,4 +1,4 @@
-"""Threads that others wait for: a failure ends the process, and is logged."""
+"""Threads that end their process if they fail, and log it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(statement: str, patience: float = 30.0) -> subprocess.CompletedProcess[s
     ["raise ValueError('why')", "raise Panic('why')", "raise SystemExit('why')", "raise KeyboardInterrupt('why')"],
     ids=["exception", "panic", "exit", "interrupt"],
 )
-def test_a_failing_thread_ends_its_process(statement: str) -> None:
+def test_failing_thread_ends_its_process(statement: str) -> None:
     ended = run(statement)
     assert ended.returncode == EXIT_CODE
     assert ended.stdout == ""
@@ -47,12 +47,12 @@ def test_a_failing_thread_ends_its_process(statement: str) -> None:
     assert "why" in line
 
 
-def test_a_thread_that_returns_ends_alone() -> None:
+def test_returning_thread_leaves_the_process_running() -> None:
     ended = run("return")
     assert (ended.returncode, ended.stdout) == (0, "alive\n")
 
 
-def test_busy_counts_from_entry_and_ends_with_the_block() -> None:
+def test_busy_measures_its_block() -> None:
     busy = Busy()
     assert busy.seconds == 0.0
     with busy:

@@ -1,4 +1,4 @@
-"""An engine for the supervisor's tests, which does what requests say; its worker processes import this file by name."""
+"""A scripted engine for the supervisor's tests: a request names the behavior. Workers import this file by name."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from typing import Any
 from genserve_backend.checkpoints import CheckpointError
 from genserve_backend.errors import InvalidInput, RequestError
 from genserve_backend.settings import FluxSettings
-from genserve_backend.worker.engine import BEAT_S, Emit, Job, Pulse, defect
-from genserve_backend.worker.messages import Beat, Done, Event, Failed, Grant, Submit
+from genserve_backend.worker.engine import HEARTBEAT_S, Emit, HeartbeatTimer, Job, defect
+from genserve_backend.worker.messages import Grant, Heartbeat, Submit
 from genserve_backend.worker.threads import start_thread
 
 BROKEN_ENV = "WORKER_HANDLERS_BROKEN"
 ONCE_ENV = "WORKER_HANDLERS_ONCE"
-"""A file that the first worker to fail in the scripted way creates; later ones work."""
+"""A file that the first worker creates when it fails as scripted; later workers do not fail."""
 LARGE_BYTES = 10 * 2**20
 
 
@@ -45,7 +45,7 @@ def build_crashing(_settings: FluxSettings, _device: str, _emit: Emit) -> Serial
 
 
 def build_stopping(settings: FluxSettings, device: str, emit: Emit) -> SerialEngine:
-    """The scripted engine in a worker that is stopped half-way through its first large message."""
+    """Build the scripted engine in a worker that stops halfway through its first large message."""
     send = Connection._send
 
     def send_half(connection: Connection, data: Any, *arguments: Any) -> None:
@@ -60,12 +60,12 @@ def build_stopping(settings: FluxSettings, device: str, emit: Emit) -> SerialEng
 
 
 def build_panicking(settings: FluxSettings, device: str, emit: Emit) -> SerialEngine:
-    """The scripted engine with a helper thread that fails in a way that is no Exception, for each request "panic"."""
+    """Build the scripted engine with a helper thread that raises a BaseException for each request "panic"."""
     engine = build_scripted(settings, device, emit)
     requests: SimpleQueue[Submit] = SimpleQueue()
     submit = engine.submit
 
-    def read() -> None:
+    def forward() -> None:
         while True:
             request = requests.get()
             if request.request[0] == "panic" and (request.request[1] == "always" or first_time()):
@@ -73,24 +73,24 @@ def build_panicking(settings: FluxSettings, device: str, emit: Emit) -> SerialEn
             submit(request)
 
     engine.submit = requests.put
-    start_thread(read, name="read")
+    start_thread(forward, name="forward")
     return engine
 
 
 def build_stalling(settings: FluxSettings, device: str, emit: Emit) -> SerialEngine:
-    """The scripted engine beside a helper thread that never gets on."""
+    """Build the scripted engine with a helper thread that is always stalled."""
     started = time.monotonic()
     engine = build_scripted(settings, device, emit)
-    engine.pulse = Pulse(emit, lambda: Beat(stalled_s=time.monotonic() - started))
+    engine.heartbeat_timer = HeartbeatTimer(emit, lambda: Heartbeat(stalled_s=time.monotonic() - started))
     return engine
 
 
 class Panic(BaseException):
-    """Like pyo3's PanicException, no Exception."""
+    """A BaseException that is no Exception, like pyo3's PanicException."""
 
 
 def first_time() -> bool:
-    """Whether this is the first call of all workers."""
+    """Return whether this is the first call in all workers."""
     try:
         Path(os.environ[ONCE_ENV]).touch(exist_ok=False)
     except FileExistsError:
@@ -103,50 +103,50 @@ def die() -> None:
 
 
 class SerialEngine:
-    """Runs one job after another, and beats only while its handler looks up."""
+    """Engine that runs one job at a time; it sends heartbeats only while its handler calls `check`."""
 
     def __init__(self, handle: Callable[[Any, Job, Callable[[], None]], Any], emit: Emit, *, slots: int) -> None:
         self._handle = handle
         self._emit = emit
         self._slots = slots
-        self.pulse = Pulse(emit)
+        self.heartbeat_timer = HeartbeatTimer(emit)
         self._jobs: dict[int, Job] = {}
         self._queue: SimpleQueue[Job] = SimpleQueue()
 
     def submit(self, submit: Submit) -> None:
-        job = self._jobs[submit.job] = Job(submit, self._emit)
+        job = self._jobs[submit.job_id] = Job(submit, self._emit)
         self._queue.put(job)
 
     def cancel(self, job_id: int) -> None:
         if job := self._jobs.get(job_id):
-            job.cancelled = True
+            job.cancel()
 
     def run(self) -> None:
         self._emit(Grant(self._slots))
         while True:
-            self.pulse.beat()
+            self.heartbeat_timer.beat()
             with contextlib.suppress(Empty):
-                job = self._queue.get(timeout=BEAT_S)
-                self._emit(self._answer(job))
+                job = self._queue.get(timeout=HEARTBEAT_S)
+                self._answer(job)
                 self._emit(Grant(1))
 
-    def _answer(self, job: Job) -> Event:
+    def _answer(self, job: Job) -> None:
         def check() -> None:
-            self.pulse.beat()
-            if error := job.end():
+            self.heartbeat_timer.beat()
+            if error := job.stop_reason():
                 raise error
 
         try:
             check()
-            return Done(job.submit.job, self._handle(job.submit.request, job, check))
+            job.done(self._handle(job.request, job, check))
         except RequestError as error:
-            return Failed(job.submit.job, error)
+            job.fail(error)
         except Exception as error:
-            return Failed(job.submit.job, defect(error))
+            job.fail(defect(error))
 
 
 class Scripted:
-    """Does what a request says: a verb and its argument."""
+    """Handler of requests, each a verb and its argument."""
 
     def __init__(self, device: str) -> None:
         self.device = device
@@ -167,7 +167,7 @@ class Scripted:
         return "stepped"
 
     def hold(self, gate: str, job: Job, check: Callable[[], None]) -> str:
-        """Says that it runs, then works until the file `gate` is there."""
+        """Report progress, then work until the file `gate` exists."""
         job.progress(0, 1)
         while not Path(gate).exists():
             check()
@@ -175,7 +175,7 @@ class Scripted:
         return "held"
 
     def hang(self, gate: str, job: Job, _check: Callable[[], None]) -> str:
-        """The same, without ever looking at its deadline."""
+        """The same, without checking the deadline or sending heartbeats."""
         job.progress(0, 1)
         while not Path(gate).exists():
             time.sleep(0.005)

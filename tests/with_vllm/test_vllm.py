@@ -1,4 +1,4 @@
-"""ENGINE=vllm against ENGINE=torch, with the real package: `make test-vllm`. The checkpoint is small and random."""
+"""ENGINE=vllm against ENGINE=torch, with the real package and a small random checkpoint. Run by `make test-vllm`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from turned_engine import TurnedEngine, count
 
 from genserve_backend.errors import OutOfMemory, RequestError, ServerError
-from genserve_backend.rerank.load import build
+from genserve_backend.rerank.build import build
+from genserve_backend.rerank.metrics import PREFIX_TOKENS_SAVED, TOKENS
 from genserve_backend.rerank.request import RerankRequest, RerankResult
 from genserve_backend.settings import RerankSettings
 from genserve_backend.worker.isolate import DeviceLost
@@ -40,12 +41,12 @@ DOCUMENTS = (
 )
 REQUEST = RerankRequest(QUERY, DOCUMENTS, None)
 LIMITS = {"max_num_seqs": 5, "max_num_batched_tokens": 150}
-"""Less than the longest prompt has."""
+"""The token budget is smaller than the longest prompt."""
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Qwen3 of tests/parity, but with heads of a size that vLLM has kernels for."""
+    """The tiny Qwen3 of tests/parity, with a head size that vLLM has kernels for."""
     folder = tiny_models.qwen3_causal(tmp_path_factory.mktemp("checkpoint"))
     config = Qwen3Config.from_pretrained(folder, head_dim=32)
     torch.manual_seed(7)
@@ -54,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def engine(folder: Path, name: str, **settings: Any) -> TurnedEngine:
-    """An engine that remembers no scores, so that equal requests are scored again."""
+    """An engine without a score cache: equal requests are scored again."""
     chosen = RerankSettings(model_path=folder, engine=name, score_cache_bytes=0, **settings)
     return TurnedEngine(lambda emit: build(chosen, "cpu", emit))
 
@@ -76,7 +77,7 @@ def llm(vllm_engine: TurnedEngine) -> Any:
 
 @pytest.fixture
 def plan(llm: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], None]], None]:
-    """Has the model ask a function, which may raise, before each step of so many tokens."""
+    """Make the model call a function, which may raise, with the number of tokens before each step."""
 
     def plan(before: Callable[[int], None]) -> None:
         model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
@@ -100,7 +101,7 @@ def same(one: RerankResult, other: RerankResult) -> bool:
 
 
 def numbered(count: int) -> list[RerankRequest]:
-    """Requests that are all different, of different sizes."""
+    """Return distinct requests of different sizes."""
     return [
         RerankRequest(f"{number}. {QUERY}", tuple(f"{text} {number}" for text in DOCUMENTS[: 1 + number % 8]), None)
         for number in range(count)
@@ -118,7 +119,7 @@ def numbered(count: int) -> list[RerankRequest]:
     ],
     ids=["plain", "instruction", "one-document", "windows", "long-query"],
 )
-def test_scores_are_those_of_torch(
+def test_scores_equal_those_of_torch(
     request_: RerankRequest, torch_engine: TurnedEngine, vllm_engine: TurnedEngine
 ) -> None:
     (expected,) = torch_engine.results(request_)
@@ -127,16 +128,18 @@ def test_scores_are_those_of_torch(
     if request_ is REQUEST:
         assert found.truncated == [TOO_LONG]
     if len(request_.documents) > 1 and len(request_.query) < 100:
-        assert max(found.scores) - min(found.scores) > 0.1, "all alike would be easy to get right"
+        assert max(found.scores) - min(found.scores) > 0.1, "equal scores would prove little"
 
 
-def test_many_requests_at_once(torch_engine: TurnedEngine, vllm_engine: TurnedEngine) -> None:
+def test_scores_of_many_requests_at_once_equal_those_of_torch(
+    torch_engine: TurnedEngine, vllm_engine: TurnedEngine
+) -> None:
     requests = numbered(20)
     expected, found = torch_engine.results(*requests), vllm_engine.results(*requests)
     assert all(same(*pair) for pair in zip(found, expected, strict=True))
 
 
-def test_the_settings_reach_vllm(llm: Any, folder: Path) -> None:
+def test_settings_reach_vllm(llm: Any, folder: Path) -> None:
     config = llm.llm_engine.vllm_config
     scheduler, cache, model = config.scheduler_config, config.cache_config, config.model_config
     assert (scheduler.max_num_seqs, scheduler.max_num_batched_tokens) == (5, 150)
@@ -152,15 +155,15 @@ def test_the_settings_reach_vllm(llm: Any, folder: Path) -> None:
     assert config.load_config.load_format == "safetensors"
 
 
-def test_what_prompts_share_is_read_once(vllm_engine: TurnedEngine) -> None:
+def test_shared_prefixes_are_computed_once(vllm_engine: TurnedEngine) -> None:
     documents = tuple(f"Document number {number}" for number in range(10))
-    vllm_engine.beats.clear()
+    vllm_engine.heartbeats.clear()
     vllm_engine.results(RerankRequest("A query that nobody asked before", documents, None))
     time.sleep(1.1)
-    vllm_engine.turn(2)  # for the beat that tells
-    saved, read = count(vllm_engine.beats, "prefix_tokens_saved"), count(vllm_engine.beats, "tokens")
+    vllm_engine.turn(2)  # for the heartbeat with the counts
+    saved, tokens = count(vllm_engine.heartbeats, PREFIX_TOKENS_SAVED), count(vllm_engine.heartbeats, TOKENS)
     assert saved > 10 * 32
-    assert read < saved
+    assert tokens < saved
 
 
 @pytest.mark.parametrize(
@@ -168,7 +171,7 @@ def test_what_prompts_share_is_read_once(vllm_engine: TurnedEngine) -> None:
     [RerankRequest("\ud800", ("a",), None), RerankRequest(QUERY, ("a", "\udfff"), None)],
     ids=["query", "document"],
 )
-def test_what_cannot_be_read_is_the_same_error(
+def test_text_that_cannot_be_tokenized_gives_the_same_error(
     request_: RerankRequest, torch_engine: TurnedEngine, vllm_engine: TurnedEngine
 ) -> None:
     (expected,), (found,) = torch_engine.run(request_), vllm_engine.run(request_)
@@ -176,7 +179,7 @@ def test_what_cannot_be_read_is_the_same_error(
     assert (type(found), str(found)) == (type(expected), str(expected))
 
 
-def test_what_does_not_fit_is_halved_and_then_refused(
+def test_batch_out_of_memory_is_halved_and_its_largest_document_fails(
     plan: Callable[[Callable[[int], None]], None], torch_engine: TurnedEngine, vllm_engine: TurnedEngine
 ) -> None:
     sizes: list[int] = []
@@ -184,7 +187,7 @@ def test_what_does_not_fit_is_halved_and_then_refused(
     def before(tokens: int) -> None:
         sizes.append(tokens)
         if tokens > 100:
-            raise torch.OutOfMemoryError("this is what the device says")
+            raise torch.OutOfMemoryError("device error")
 
     plan(before)
     small = [RerankRequest(f"Query {number}", ("no", "yes"), None) for number in range(3)]
@@ -197,7 +200,7 @@ def test_what_does_not_fit_is_halved_and_then_refused(
     assert all(same(*pair) for pair in zip(found, expected, strict=True))
 
 
-def test_a_failed_step_leaves_nothing_behind_that_is_taken_for_known(
+def test_failed_step_leaves_no_cached_keys_and_values(
     plan: Callable[[Callable[[int], None]], None],
     torch_engine: TurnedEngine,
     vllm_engine: TurnedEngine,
@@ -209,7 +212,7 @@ def test_a_failed_step_leaves_nothing_behind_that_is_taken_for_known(
 
     def before(tokens: int) -> None:
         if failing[0]:
-            raise ValueError("this is what the model says")
+            raise ValueError("model error")
 
     plan(before)
     with caplog.at_level(logging.CRITICAL, logger="vllm"):
@@ -221,7 +224,7 @@ def test_a_failed_step_leaves_nothing_behind_that_is_taken_for_known(
     assert same(found, expected)
 
 
-def test_an_engine_that_cannot_go_on_ends_the_worker(
+def test_unrecoverable_engine_ends_the_worker(
     plan: Callable[[Callable[[int], None]], None],
     llm: Any,
     vllm_engine: TurnedEngine,
@@ -229,7 +232,7 @@ def test_an_engine_that_cannot_go_on_ends_the_worker(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def before(tokens: int) -> None:
-        raise RuntimeError("this is what the model says")
+        raise RuntimeError("model error")
 
     with monkeypatch.context() as broken:
         plan(before)
@@ -240,7 +243,7 @@ def test_an_engine_that_cannot_go_on_ends_the_worker(
 
 
 class Asked:
-    """A request's caller."""
+    """The caller of a request."""
 
     task_id = "task"
 
@@ -270,13 +273,13 @@ class Asked:
 @pytest.fixture
 def supervisor(folder: Path) -> Iterator[Supervisor]:
     settings = RerankSettings(model_path=folder, engine="vllm", **LIMITS)
-    supervisor = Supervisor(Start("genserve_backend.rerank.load:build", settings, "cpu", "rerank_0"))
+    supervisor = Supervisor(Start("genserve_backend.rerank.build:build", settings, "cpu", "rerank_0"))
     supervisor.start()
     yield supervisor
     supervisor.close()
 
 
-def test_a_worker_is_one_process_with_a_log_and_another_one_takes_its_place(
+def test_worker_is_one_process_and_is_replaced_when_killed(
     supervisor: Supervisor, torch_engine: TurnedEngine, capfd: pytest.CaptureFixture[str]
 ) -> None:
     (expected,) = torch_engine.results(REQUEST)

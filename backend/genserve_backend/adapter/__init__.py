@@ -1,1 +1,1 @@
-"""Between Triton and the engines: the only code that imports Triton's module, and it imports no torch."""
+"""Adapter between Triton and the engines: the only code that imports Triton's module. Does not import torch."""

@@ -1,8 +1,8 @@
-"""Which instance takes the next request: the one with the least work before it.
+"""Load balancing between instances: the next request goes to the one with the smallest backlog.
 
-Triton gives a request to the instance that has been waiting longest for one, idle or not. So an instance with work
-stays in its ``execute()`` while another one is idle, or has less to do by more than a request's work. Without that
-margin instances would take turns one request at a time, each waiting for the other's note on the board.
+Triton gives a request to the instance that has been waiting longest for one, idle or not. An instance with a backlog
+therefore stays in its ``execute()`` while another one is idle, or has a backlog that is smaller by more than one
+request. Without that margin, instances would alternate, each waiting for the other to publish its backlog.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from collections.abc import Callable
 from genserve_backend.board import Board
 
 PUBLISH_S = 0.5
-"""Seconds between two notes of an instance's progress."""
+"""Minimum interval between two updates of an instance's backlog on the board, in seconds."""
 
 logger = logging.getLogger(__name__)
 
 
 class Balance:
-    """The work before one instance, in a unit of its model's own, as the others see it on the board.
+    """The backlog of one instance, published on the board. Each model has its own unit of work.
 
-    A board that cannot be written or read leaves the choice to Triton.
+    If the board cannot be read or written, the choice is Triton's.
 
     Args:
-        board: Where the instances of a server meet.
-        model: Instances of one model compare themselves.
-        instance: This one.
-        has_room: Tells whether it could take another request now.
+        board: The board of the server.
+        model: The model; only its instances are compared.
+        instance: This instance.
+        has_room: Returns whether this instance could accept another request now.
     """
 
     def __init__(self, board: Board, model: str, instance: str, has_room: Callable[[], bool]) -> None:
@@ -43,10 +43,10 @@ class Balance:
         self._has_room = has_room
         self._published = 0.0
         self._margin = 0.0
-        """Work of the last request that came."""
+        """Work of the last request that arrived."""
 
     def set(self, key: int, work: float) -> None:
-        """Note what is left to do for a request."""
+        """Set the remaining work of a request."""
         with self._lock:
             is_new = key not in self._work
             self._work[key] = work
@@ -56,30 +56,30 @@ class Balance:
             self.publish()
 
     def drop(self, key: int) -> None:
-        """Forget a request that has ended."""
+        """Remove a request that has ended."""
         with self._lock:
             self._work.pop(key, None)
         self.publish()
 
     def publish(self) -> None:
-        """Tell the others; also a sign of life."""
+        """Publish the backlog; also a sign of life for other instances."""
         self._published = time.monotonic()
         try:
             self._board.set_load(self._instance, model=self._model, load=self._load(), has_room=self._has_room())
         except sqlite3.Error:
-            logger.exception("board could not be written")
+            logger.exception("cannot write the board")
 
-    def another_is_freer(self) -> bool:
-        """Whether another instance should take the next request."""
+    def should_yield(self) -> bool:
+        """Return whether another instance should get the next request."""
         load = self._load()
         if not load:
             return False
         try:
-            return self._board.has_freer(
+            return self._board.has_less_loaded(
                 self._instance, model=self._model, load=max(load - self._margin, sys.float_info.min)
             )
         except sqlite3.Error:
-            logger.exception("board could not be read")
+            logger.exception("cannot read the board")
             return False
 
     def _load(self) -> float:

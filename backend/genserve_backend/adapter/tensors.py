@@ -1,4 +1,4 @@
-"""Tensors of a Triton request to plain values, row by row, and back."""
+"""Conversion of Triton tensors to plain values per row, and back."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Values = dict[str, Any]
 """The tensors of one row, as plain values."""
 
 
-def read_rows(request: Any, *, scalars: Sequence[str], lists: Sequence[str] = ()) -> list[Values]:
-    """One dict a row of a ``[B, ...]`` request: a str, int or float for each scalar, a list for each list tensor.
+def parse_rows(request: Any, *, scalars: Sequence[str], lists: Sequence[str] = ()) -> list[Values]:
+    """Return one dict per row of a ``[B, ...]`` request: a str, int or float per scalar, a list per list tensor.
 
-    Tensors that the caller left out are left out. The values are copies, so they outlive the request.
+    Omitted tensors have no key. The values are copies, so they outlive the request.
 
     Raises:
         InvalidInput: A tensor has the wrong shape, or text that is not UTF-8.
@@ -42,11 +42,11 @@ def read_rows(request: Any, *, scalars: Sequence[str], lists: Sequence[str] = ()
     return rows
 
 
-def read_text(request: Any, name: str, default: str = "") -> str:
-    """The one string of a ``[1]`` tensor, or `default` where the caller left it out.
+def parse_text(request: Any, name: str, default: str = "") -> str:
+    """Return the string in a ``[1]`` tensor, or `default` if the tensor is omitted.
 
     Raises:
-        InvalidInput: There is not exactly one, or it is not UTF-8.
+        InvalidInput: The tensor has another number of elements, or its text is not UTF-8.
     """
     tensor = pb_utils.get_input_tensor_by_name(request, name)
     if tensor is None:
@@ -68,11 +68,11 @@ def _plain(name: str, value: Any) -> str | int | float:
 
 
 def bytes_tensor(name: str, values: Sequence[bytes | str], shape: Sequence[int]) -> Any:
-    """A BYTES tensor. Of objects, because numpy's own bytes type drops trailing zero bytes."""
+    """Return a BYTES tensor. Its dtype is object, because numpy's bytes type drops trailing zero bytes."""
     data = [value.encode() if isinstance(value, str) else value for value in values]
     return pb_utils.Tensor(name, np.array(data, dtype=np.object_).reshape(shape))
 
 
 def number_tensor(name: str, values: Sequence[float], shape: Sequence[int], dtype: npt.DTypeLike) -> Any:
-    """A tensor of numbers."""
+    """Return a tensor of numbers."""
     return pb_utils.Tensor(name, np.array(values, dtype=dtype).reshape(shape))

@@ -1,4 +1,4 @@
-"""FLUX's attention for a batch whose images may have different sizes."""
+"""FLUX attention for a batch of images of different sizes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch.nn import functional
 
 
 class RaggedAttention:
-    """Stands in for diffusers' ``FluxAttnProcessor``: the same arithmetic, but each row has positions of its own.
+    """Replacement for diffusers' ``FluxAttnProcessor``: the same arithmetic with positions per batch row.
 
-    It takes two more arguments, which reach it through the transformer's ``joint_attention_kwargs``.
+    The transformer passes the additional arguments through its ``joint_attention_kwargs``.
     """
 
     def __call__(
@@ -29,12 +29,12 @@ class RaggedAttention:
 
         Args:
             attn: The block's weights.
-            hidden_states: ``[B, S, D]``; in a double block the image tokens, in a single one text and image tokens.
+            hidden_states: ``[B, S, D]``; image tokens in a double block, text and image tokens in a single block.
             encoder_hidden_states: ``[B, T, D]``, the text tokens of a double block.
-            attention_mask: Bool ``[B, 1, 1, T + S]``, false where a row is padding; None where none is.
-            image_rotary_emb: What the transformer has made for one row; not used.
-            rotation: Complex64 ``[B or 1, T + S, 1, head / 2]``, or float32 ``[B or 1, T + S, 1, head / 2, 2]`` with
-                cosines and sines: see `complex_rotation` and `real_rotation`.
+            attention_mask: Bool ``[B, 1, 1, T + S]``, false for padding; None without padding.
+            image_rotary_emb: The transformer's own rotation; not used.
+            rotation: Complex64 ``[B or 1, T + S, 1, head / 2]``, or float32 ``[B or 1, T + S, 1, head / 2, 2]``
+                with cosines and sines; see `complex_rotation` and `real_rotation`.
         """
         query, key, value = (
             project(hidden_states).unflatten(-1, (attn.heads, -1)) for project in (attn.to_q, attn.to_k, attn.to_v)
@@ -61,36 +61,36 @@ class RaggedAttention:
         image = attn.to_out[1](attn.to_out[0](image.contiguous()))
         return image, attn.to_add_out(text.contiguous())
 
-    # Every block asks for it in every forward; working it out anew took 4 % of the demo's.
+    # diffusers inspects it in every block of every forward, which took 4 % of the demo's time.
     __call__.__signature__ = inspect.signature(__call__)  # type: ignore[attr-defined]
 
 
 def rotate(states: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """Turn each pair of numbers of ``[B, S, heads, head]`` by its position's angle, in float32."""
+    """Rotate each pair of numbers of ``[B, S, heads, head]`` by its position's angle, in float32."""
     if rotation.is_complex():
         pairs = torch.view_as_complex(states.float().reshape(*states.shape[:-1], -1, 2))
         return torch.view_as_real(pairs * rotation).flatten(-2).to(states.dtype)
-    turned = torch.empty(states.shape, dtype=states.dtype, device=states.device)
+    rotated = torch.empty(states.shape, dtype=states.dtype, device=states.device)
     first, second = states.reshape(*states.shape[:-1], -1, 2).unbind(-1)
-    new_first, new_second = turned.view(*states.shape[:-1], -1, 2).unbind(-1)
+    new_first, new_second = rotated.view(*states.shape[:-1], -1, 2).unbind(-1)
     cosines, sines = rotation.unbind(-1)
-    # Sums are rounded to the states' dtype as they are written: two passes over memory for each half.
+    # addcmul rounds to the states' dtype as it writes: two passes over memory per half.
     torch.addcmul(first * cosines, second, sines, value=-1, out=new_first)
     torch.addcmul(second * cosines, first, sines, out=new_second)
-    return turned
+    return rotated
 
 
 def complex_rotation(cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """Return the positions' angles, ``[S, head]`` with each number twice as ``FluxPosEmbed`` gives them, as complex64.
+    """Return the output of ``FluxPosEmbed``, ``[S, head]`` with each number twice, as complex64 ``[S, head / 2]``.
 
-    For CPUs: diffusers' way to swap pairs of numbers took a third of the demo's whole forward.
+    For CPUs: swapping pairs of numbers as diffusers does took a third of the demo's forward.
     """
     return torch.complex(cosines[:, ::2].float(), sines[:, ::2].float())
 
 
 def real_rotation(cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """Return the same as float32 ``[S, head / 2, 2]``, cosine and sine.
+    """Return the output of ``FluxPosEmbed`` as float32 ``[S, head / 2, 2]``, cosine and sine.
 
-    For GPUs: a complex product there reads and writes float32 copies of all states, and Inductor makes no code for it.
+    For GPUs: a complex product makes float32 copies of all states there, and Inductor cannot compile it.
     """
     return torch.stack([cosines[:, ::2], sines[:, ::2]], dim=-1).float()

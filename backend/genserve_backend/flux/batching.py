@@ -1,4 +1,4 @@
-"""Which of the running images take a step together. No torch here."""
+"""Batching: which running images share the next forward. Does not import torch."""
 
 from __future__ import annotations
 
@@ -6,55 +6,55 @@ from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 TURNS = {1: 4, 2: 2, 3: 1}
-"""Where images of different sizes take turns, those of a level get so many turns for one of level 3's."""
+"""Relative frequency of forwards by priority level, where images of different sizes take turns."""
 
 
 class Runner(Protocol):
-    """What batching looks at in an image."""
+    """The properties of an image that batching depends on."""
 
     @property
     def level(self) -> int:
-        """Priority level, 1 the most urgent."""
+        """Priority level, 1 is the most urgent."""
 
     @property
     def tokens(self) -> int:
-        """Image tokens of one row."""
+        """Image tokens of one batch row."""
 
     @property
-    def rows(self) -> int:
-        """Rows of the forward that it takes."""
+    def batch_rows(self) -> int:
+        """Batch rows of a forward."""
 
     @property
     def ran_at(self) -> int:
-        """The tick of its last step, or of its arrival."""
+        """Tick of the last step, or of the arrival."""
 
 
 RunnerT = TypeVar("RunnerT", bound=Runner)
 
 
 def choose(running: Sequence[RunnerT], *, tick: int, max_tokens: int, max_padding: float) -> list[RunnerT]:
-    """The images of the next forward; never none while some run.
+    """Return the images of the next forward, at least one.
 
-    The one whose turn it is comes first. With it go those of the same size, and then those of sizes near enough that
-    no image is padded by more than `max_padding` of its tokens, all of them within `max_tokens`. Whoever is left out
-    moves up: nobody waits for ever.
+    The image whose turn it is leads. Images of the same size join it, then images of similar sizes, as long as no image
+    is padded by more than `max_padding` of its tokens and the batch stays within `max_tokens`. Images that are left out
+    move up, so none starves.
 
     Args:
-        running: Images that have a place.
-        tick: Counts forwards.
-        max_tokens: Image tokens of the forward, padding included; one image alone may exceed it.
-        max_padding: Padding tokens for one of an image's own, at most; 0 keeps sizes apart.
+        running: Images with a slot; not empty.
+        tick: Counter of forwards.
+        max_tokens: Limit on the image tokens of the forward, including padding. A single image may exceed it.
+        max_padding: Largest ratio of padding to an image's own tokens; 0 keeps sizes apart.
     """
     by_turn = sorted(running, key=lambda image: (tick + 1 - image.ran_at) * TURNS[image.level], reverse=True)
     lead = by_turn[0]
     chosen = [lead]
-    longest, shortest, rows = lead.tokens, lead.tokens, lead.rows
-    # Sizes near the lead's first; sorting is stable, so within a size it is still by turn.
+    longest, shortest, batch_rows = lead.tokens, lead.tokens, lead.batch_rows
+    # Sizes closest to the lead's first. Sorting is stable, so images of one size stay in the order of their turns.
     for image in sorted(by_turn[1:], key=lambda image: abs(image.tokens - lead.tokens)):
         new_longest, new_shortest = max(longest, image.tokens), min(shortest, image.tokens)
-        new_rows = rows + image.rows
-        if new_longest * new_rows <= max_tokens and new_longest <= new_shortest * (1 + max_padding):
+        new_batch_rows = batch_rows + image.batch_rows
+        if new_longest * new_batch_rows <= max_tokens and new_longest <= new_shortest * (1 + max_padding):
             chosen.append(image)
-            longest, shortest, rows = new_longest, new_shortest, new_rows
-    # A stable order, so that the denoiser's batch is the same one from tick to tick.
+            longest, shortest, batch_rows = new_longest, new_shortest, new_batch_rows
+    # A stable order keeps the denoiser's batch the same from tick to tick.
     return [image for image in running if image in chosen]

@@ -1,4 +1,4 @@
-"""What a FLUX checkpoint in diffusers format says about itself."""
+"""Properties of a FLUX checkpoint in diffusers format, from its config files."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from genserve_backend.checkpoints import CheckpointError, read_json, require_fol
 
 WEIGHTS = ("transformer", "vae", "text_encoder", "text_encoder_2")
 MAX_SEQUENCE_LENGTH = 512
-"""FluxPipeline's limit on T5 tokens."""
+"""Limit of FluxPipeline on T5 tokens."""
 
 
 @dataclass(frozen=True)
 class FluxCheckpoint:
-    """The facts that requests are checked against and completed with."""
+    """Properties that define the limits and the defaults of requests."""
 
     path: Path
     name: str
     native_size: int
     """Default height and width in pixels: the VAE's ``sample_size`` (1024 for FLUX.1)."""
     guidance_embeds: bool
-    """Whether guidance has an effect: true for dev, false for schnell."""
+    """True if guidance has an effect: for dev, not for schnell."""
     max_sequence_length: int
-    """T5 tokens of a prompt: what its tokenizer says, at most 512."""
+    """T5 tokens of a prompt: the tokenizer's limit, at most 512."""
 
     @property
     def default_steps(self) -> int:
@@ -32,15 +32,15 @@ class FluxCheckpoint:
 
     @property
     def default_guidance(self) -> float:
-        """Guidance scale: 3.5, as dev's model card recommends; schnell was distilled to none."""
+        """Guidance scale: 3.5, as dev's model card recommends; schnell has none."""
         return 3.5 if self.guidance_embeds else 0.0
 
     @classmethod
-    def read(cls, path: Path) -> FluxCheckpoint:
-        """Read a checkpoint folder.
+    def load(cls, path: Path) -> FluxCheckpoint:
+        """Load the properties of the checkpoint in folder `path`.
 
         Raises:
-            CheckpointError: It is missing, incomplete, or not FLUX.
+            CheckpointError: The folder is missing, incomplete, or not FLUX.
         """
         require_folder(path, setting="FLUX_MODEL_PATH")
         pipeline = read_json(path / "model_index.json").get("_class_name")
@@ -59,5 +59,5 @@ class FluxCheckpoint:
 
 
 def _positive(value: object, default: int) -> int:
-    # Tokenizers without a limit say 1e30, as a float.
+    # Tokenizers without a limit have the float 1e30.
     return int(value) if isinstance(value, (int, float)) and 0 < value < 2**31 else default

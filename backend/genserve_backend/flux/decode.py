@@ -1,102 +1,99 @@
-"""Finished latents to image files, in threads of their own: the next step never waits for them."""
+"""Decoding of final latents to image files, in threads alongside the engine's: no step waits for them."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
 
 import torch
 from diffusers import FluxPipeline
-from PIL import Image as PilImage
+from PIL import Image
 
-from genserve_backend.devices import finish, hand_over, mark, own_stream, step_aside
+from genserve_backend.devices import hand_over, limit_threads, own_stream, record_event, wait_for_stream
 from genserve_backend.errors import RequestError, ServerError
-from genserve_backend.flux.image import Image
-from genserve_backend.flux.images import encode, generation_settings
-from genserve_backend.flux.keep import Keeper
+from genserve_backend.flux.archive import ImageArchive
+from genserve_backend.flux.image_file import encode, generation_settings
 from genserve_backend.flux.request import FluxResult
+from genserve_backend.flux.state import ImageState
 from genserve_backend.worker.engine import defect
 from genserve_backend.worker.isolate import isolate
-from genserve_backend.worker.messages import Done, Event, Failed
 from genserve_backend.worker.threads import Busy, start_thread
 
 MAX_IMAGES = 4
 MAX_PIXELS = 1024 * 1024
-"""Pixels of one VAE forward, at most (one image alone may exceed it): its activations are large, and it gains little
-from batches."""
+"""Limit on the pixels of one VAE forward; a single image may exceed it. The activations are large and batching gains
+little."""
 WRITERS = 2
-"""Threads that compress images; Pillow works without Python's lock."""
+"""Threads that compress images; Pillow releases the GIL."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Finished:
-    """Latents on their way to a file."""
+    """An image whose last step has been queued."""
 
-    image: Image
+    image: ImageState
     ready: torch.cuda.Event | None
-    """On a GPU: the engine's stream has got to the end of its last step."""
+    """On a GPU, the end of the last step in the engine's stream."""
     at: float = field(default_factory=time.monotonic)
 
 
 class Decoder:
-    """Takes images that have done their last step, and answers them.
+    """Threads that decode images after their last step, and answer their requests.
 
     Args:
-        pipeline: Has the VAE.
+        pipeline: The pipeline with the VAE.
         model: The checkpoint's name, for the metadata.
-        keeper: Keeps a copy of the files, where the operator wants that.
-        emit: Where the answers go.
+        archive: Receives a copy of every file.
     """
 
-    def __init__(self, pipeline: FluxPipeline, *, model: str, keeper: Keeper, emit: Callable[[Event], None]) -> None:
+    def __init__(self, pipeline: FluxPipeline, *, model: str, archive: ImageArchive) -> None:
         self._pipeline = pipeline
         self._vae = pipeline.vae
         self._model = model
         self._dtype = str(pipeline.transformer.dtype).removeprefix("torch.")
-        self._keeper = keeper
-        self._emit = emit
+        self._archive = archive
         self._queue: SimpleQueue[Finished] = SimpleQueue()
         self._lock = threading.Lock()
         self._pending = 0
         self._seconds = 0.0
         self._decoding = Busy()
         self._writing = [Busy() for _ in range(WRITERS)]
-        self._pictures_done: SimpleQueue[tuple[Finished, PilImage.Image]] = SimpleQueue()
+        self._pictures_done: SimpleQueue[tuple[Finished, Image.Image]] = SimpleQueue()
         start_thread(self._run, name="decode")
         for number, busy in enumerate(self._writing):
             start_thread(partial(self._write_all, busy), name=f"write-{number}")
 
-    def put(self, image: Image) -> None:
-        """Take an image, whose last step the caller's stream may still be at; it is answered in any case."""
+    def put(self, image: ImageState) -> None:
+        """Queue an image. Its last step may still be running in the caller's stream."""
         with self._lock:
             self._pending += 1
-        self._queue.put(Finished(image, mark(self._vae.device)))
+        self._queue.put(Finished(image, record_event(self._vae.device)))
 
     @property
     def pending(self) -> int:
-        """Images that were taken and are not answered."""
+        """Images that were queued and not yet answered."""
         return self._pending
 
     def busy_s(self) -> float:
-        """Return for how many seconds one of the threads has been at one forward or file; 0 where all are idle."""
+        """Return the longest time that a thread has spent on its current forward or file; 0 if all are idle."""
         return max(busy.seconds for busy in (self._decoding, *self._writing))
 
-    def take_seconds(self) -> float:
-        """Seconds spent in decoding and encoding since the last call."""
+    def pop_seconds(self) -> float:
+        """Return the seconds spent on decoding and encoding since the last call."""
         with self._lock:
             seconds, self._seconds = self._seconds, 0.0
         return seconds
 
     def _run(self) -> None:
-        step_aside()
-        with torch.inference_mode(), own_stream(self._vae.device):  # beside the next step
+        limit_threads()
+        with torch.inference_mode(), own_stream(self._vae.device):  # alongside the next step
             held: Finished | None = None
             while True:
                 batch = [held or self._queue.get()]
@@ -105,7 +102,7 @@ class Decoder:
                     self._decode(batch)
 
     def _fill(self, batch: list[Finished]) -> Finished | None:
-        """Add what waits and has the same size; return the first one that does not, or does not fit any more."""
+        """Add queued images of the same size, up to the limit; return the first image of another size."""
         request = batch[0].image.request
         limit = max(1, min(MAX_IMAGES, MAX_PIXELS // (request.height * request.width)))
         while len(batch) < limit and not self._queue.empty():
@@ -117,9 +114,9 @@ class Decoder:
 
     def _decode(self, batch: list[Finished]) -> None:
         started = time.monotonic()
-        alive: dict[Image, Finished] = {}
+        alive: dict[ImageState, Finished] = {}
         for finished in batch:
-            if error := finished.image.job.end():
+            if error := finished.image.job.stop_reason():
                 self._fail(finished.image, error)
             else:
                 hand_over(finished.image.latents, finished.ready)
@@ -127,7 +124,7 @@ class Decoder:
         for image in _not_finite(list(alive)):
             self._fail(image, ServerError("the latents are not finite"))
             del alive[image]
-        pictures: dict[Image, PilImage.Image] = {}
+        pictures: dict[ImageState, Image.Image] = {}
         if alive:
             pictures, failed = isolate(self._pictures, list(alive), name=lambda image: image.name)
             for image, error in failed.items():
@@ -137,15 +134,15 @@ class Decoder:
         for image, picture in pictures.items():
             self._pictures_done.put((alive[image], picture))
 
-    def _pictures(self, images: Sequence[Image]) -> list[PilImage.Image]:
-        """As FluxPipeline decodes: undo the packing and the VAE's scaling, then decode."""
+    def _pictures(self, images: Sequence[ImageState]) -> list[Image.Image]:
+        """Decode like FluxPipeline: undo the packing and the VAE's scaling, then run the decoder."""
         pipeline, request = self._pipeline, images[0].request
         packed = torch.stack([image.latents for image in images])
         latents = pipeline._unpack_latents(packed, request.height, request.width, pipeline.vae_scale_factor)
         config = self._vae.config
         pixels = self._vae.decode(latents / config.scaling_factor + config.shift_factor, return_dict=False)[0]
-        finish(pixels.device)
-        pictures: list[PilImage.Image] = pipeline.image_processor.postprocess(pixels, output_type="pil")
+        wait_for_stream(pixels.device)
+        pictures: list[Image.Image] = pipeline.image_processor.postprocess(pixels, output_type="pil")
         return pictures
 
     def _write_all(self, busy: Busy) -> None:
@@ -154,46 +151,43 @@ class Decoder:
             with busy:
                 self._write(finished, picture)
 
-    def _write(self, finished: Finished, picture: PilImage.Image) -> None:
+    def _write(self, finished: Finished, picture: Image.Image) -> None:
         image, started = finished.image, time.monotonic()
-        request, submit = image.request, image.job.submit
+        request, task_id = image.request, image.job.task_id
         try:
             data = encode(picture, request, generation_settings(request, model=self._model, dtype=self._dtype))
-            self._keeper.keep(submit.task_id, data, request.format)
+            self._archive.save(task_id, data, request.format)
         except Exception as error:
-            logger.exception("image not encoded", extra={"fields": {"task_id": submit.task_id}})
+            logger.exception("image not encoded", extra={"fields": {"task_id": task_id}})
             self._fail(image, defect(error))
             return
         now = time.monotonic()
         with self._lock:
             self._pending -= 1
             self._seconds += now - started
-        self._emit(
-            Done(
-                submit.job,
-                FluxResult(
-                    image=data,
-                    queue_s=image.queue_s,
-                    encode_s=image.encode_s,
-                    denoise_s=image.denoise_s,
-                    decode_s=now - finished.at,
-                    elapsed_time=now - image.arrived,
-                    mean_batch_size=image.batch_sizes / request.steps,
-                    dtype=self._dtype,
-                ),
+        image.job.done(
+            FluxResult(
+                image=data,
+                queue_s=image.queue_s,
+                encode_s=image.encode_s,
+                denoise_s=image.denoise_s,
+                decode_s=now - finished.at,
+                elapsed_time=now - image.arrived,
+                mean_batch_size=image.batch_sizes / request.steps,
+                dtype=self._dtype,
             )
         )
 
-    def _fail(self, image: Image, error: RequestError) -> None:
+    def _fail(self, image: ImageState, error: RequestError) -> None:
         with self._lock:
             self._pending -= 1
-        self._emit(Failed(image.job.submit.job, error))
+        image.job.fail(error)
 
 
-def _not_finite(images: Sequence[Image]) -> list[Image]:
-    """Return the images whose latents hold what is no number."""
+def _not_finite(images: Sequence[ImageState]) -> list[ImageState]:
+    """Return the images whose latents contain NaN or infinity."""
     if not images:
         return []
     finite = torch.stack([torch.isfinite(image.latents).all() for image in images])
-    finish(finite.device)
+    wait_for_stream(finite.device)
     return [image for image, good in zip(images, finite.tolist(), strict=True) if not good]

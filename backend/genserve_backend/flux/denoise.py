@@ -1,4 +1,4 @@
-"""One denoising step for a batch of images, each at a step of its own."""
+"""Denoising: one step for a batch of images, each at its own step."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 from diffusers import FluxPipeline
 from torch.nn.utils.rnn import pad_sequence
 
-from genserve_backend.devices import copy_together, mark, move
+from genserve_backend.devices import copy_together, move, record_event
 from genserve_backend.flux.attention import RaggedAttention, complex_rotation, real_rotation
-from genserve_backend.flux.image import Image
 from genserve_backend.flux.schedule import SCHEDULES_KEPT, Schedule
+from genserve_backend.flux.state import ImageState
 
 ROTATIONS_KEPT = 64
 
 
 class Denoiser:
-    """The transformer, for batches that change from step to step.
+    """The transformer for batches that change from step to step.
 
     Args:
-        pipeline: Has the transformer, whose attention is replaced.
+        pipeline: The pipeline with the transformer, whose attention is replaced.
         max_sequence_length: T5 tokens of each prompt.
     """
 
@@ -31,7 +31,7 @@ class Denoiser:
         self._pipeline = pipeline
         self._transformer = pipeline.transformer
         self._transformer.set_attn_processor(RaggedAttention())
-        # The transformer works these out from all its weights each time it is asked, which takes milliseconds.
+        # These properties of the transformer go through all its weights, which takes milliseconds.
         self.device: torch.device = self._transformer.device
         self.dtype: torch.dtype = self._transformer.dtype
         self._text_length = max_sequence_length
@@ -42,10 +42,10 @@ class Denoiser:
         self._batch: Batch | None = None
         self._queued: torch.cuda.Event | None = None
 
-    def noise(self, image: Image) -> torch.Tensor:
-        """The latents that an image starts from, packed ``[tokens, 64]``: FluxPipeline's for the same seed.
+    def noise(self, image: ImageState) -> torch.Tensor:
+        """Return the initial latents of an image, packed ``[tokens, 64]``: those of FluxPipeline for the same seed.
 
-        The noise is drawn on the CPU whatever the device, so that a seed means the same everywhere.
+        The noise is drawn on the CPU for every device, so that a seed gives the same image everywhere.
         """
         latents, _ = self._pipeline.prepare_latents(
             1,
@@ -58,11 +58,11 @@ class Denoiser:
         )
         return move(latents[0], self.device)
 
-    def step(self, images: Sequence[Image]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """New latents and the velocity for each image, both ``[tokens, 64]``. The images are left as they are."""
+    def step(self, images: Sequence[ImageState]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Return the new latents and the velocity of each image, both ``[tokens, 64]``. The images stay unchanged."""
         batch = self._batch
-        if batch is None or not batch.holds(images):
-            self._batch = None  # before the next one is made, so that they never take memory together
+        if batch is None or not batch.matches(images):
+            self._batch = None  # free its memory before the next one is made
             batch = Batch(
                 images,
                 self.device,
@@ -76,60 +76,59 @@ class Denoiser:
         return batch.cut(latents, velocities)
 
     def _keep_pace(self) -> None:
-        """Wait for the step before this one.
+        """Wait for the previous step.
 
-        A GPU only queues work: without an end to that, newcomers and cancellations would wait for all of it. One step
-        ahead is enough to keep it busy.
+        A GPU queues work without a limit, and newcomers and cancellations would wait for all of it. One step ahead is
+        enough to keep it busy.
         """
-        previous, self._queued = self._queued, mark(self.device)
+        previous, self._queued = self._queued, record_event(self.device)
         if previous:
             previous.synchronize()
 
     def _velocities(self, batch: Batch) -> torch.Tensor:
-        """The transformer's answer for each image, ``[images, tokens, 64]``, guidance included."""
-        rows: torch.Tensor = self._transformer(
-            hidden_states=batch.rows(batch.latents),
-            timestep=batch.rows(batch.timesteps().to(self.dtype) / 1000),
-            guidance=batch.rows(batch.guidance) if self._guidance_embeds else None,
+        """Return the velocity of each image, ``[images, tokens, 64]``, with guidance applied."""
+        velocities: torch.Tensor = self._transformer(
+            hidden_states=batch.expand(batch.latents),
+            timestep=batch.expand(batch.timesteps().to(self.dtype) / 1000),
+            guidance=batch.expand(batch.guidance) if self._guidance_embeds else None,
             pooled_projections=batch.pooled,
             encoder_hidden_states=batch.text,
-            # One token each: its own rotation is not used, and there is no need to work out more.
+            # One token each: the transformer's own rotation is not used.
             txt_ids=batch.no_ids,
             img_ids=batch.no_ids,
             joint_attention_kwargs={"rotation": batch.rotation, "attention_mask": batch.mask},
             return_dict=False,
         )[0]
-        return batch.guide(rows)
+        return batch.guide(velocities)
 
     def _make_plan(self, schedule: Schedule) -> torch.Tensor:
-        """Return a schedule on the device: float32 ``[steps + 1, 2]``, sigma and timestep, the last timestep unused."""
+        """Return a schedule on the device: float32 ``[steps + 1, 2]``, sigma and timestep; the last timestep unused."""
         return move(torch.tensor([schedule.sigmas, (*schedule.timesteps, 0.0)]).T.contiguous(), self.device)
 
     def _make_rotation(self, height: int, width: int) -> torch.Tensor:
         """Return the rotation of a grid of image tokens and the text before it, ``[text + height * width, ...]``."""
-        # On the CPU: diffusers' copies to a GPU would wait for the step that it is at.
+        # On the CPU: the copies that diffusers makes to a GPU would wait for the current step.
         ids = self._pipeline._prepare_latent_image_ids(1, height, width, torch.device("cpu"), self.dtype)
         text_ids = torch.zeros(self._text_length, 3, dtype=self.dtype)
         return move(self._rotation_from(*self._transformer.pos_embed(torch.cat((text_ids, ids)))), self.device)
 
 
 class Batch:
-    """The rows of a forward for some images, kept from step to step while they stay the same.
+    """The inputs of a forward, kept from step to step while the batch holds the same images.
 
-    First one row an image, then one more for each that takes true classifier-free guidance. Where sizes differ, image
-    tokens are padded at the end and masked. Nothing here waits for the device: what a step needs of its schedule is
-    looked up there.
+    First one batch row per image, then another one per image with true classifier-free guidance. If sizes differ, image
+    tokens are padded at the end and masked. Nothing here waits for the device: schedules are looked up on it.
 
     Args:
         images: At least one.
-        device: The transformer's.
-        rotations: Of each image.
-        plans: Schedule of each image on the device, float32 ``[steps + 1, 2]``.
+        device: The transformer's device.
+        rotations: Rotation per image.
+        plans: Schedule per image, on the device, float32 ``[steps + 1, 2]``.
     """
 
     def __init__(
         self,
-        images: Sequence[Image],
+        images: Sequence[ImageState],
         device: torch.device,
         *,
         rotations: Sequence[torch.Tensor],
@@ -142,7 +141,7 @@ class Batch:
         guided = [index for index, image in enumerate(images) if image.negative]
         starts = [0, *accumulate(map(len, plans))]
         at = [start + image.step for start, image in zip(starts, images, strict=False)]
-        self._row_image, self._guided, self._at = copy_together([[*range(len(images)), *guided], guided, at], device)
+        self._image_of_row, self._guided, self._at = copy_together([[*range(len(images)), *guided], guided, at], device)
         self._plan = torch.cat(list(plans))
         embeddings = [image.prompt for image in images] + [image.negative for image in images if image.negative]
         self.text = torch.stack([embedding.tokens for embedding in embeddings])
@@ -153,32 +152,39 @@ class Batch:
         self.latents = pad_sequence([image.latents for image in images], batch_first=True)
         self.rotation, self.mask = self._positions(rotations)
 
-    def holds(self, images: Sequence[Image]) -> bool:
-        """Whether the batch is what a new one for `images` would be."""
+    def matches(self, images: Sequence[ImageState]) -> bool:
+        """Return whether a new batch for `images` would be the same."""
         return len(images) == len(self._images) and all(
             image is mine and image.step == step
             for image, mine, step in zip(images, self._images, self._steps, strict=True)
         )
 
-    def rows(self, per_image: torch.Tensor) -> torch.Tensor:
-        """``[images, ...]`` to ``[rows, ...]``."""
-        return per_image[self._row_image] if len(self._guided) else per_image
+    def expand(self, per_image: torch.Tensor) -> torch.Tensor:
+        """Expand ``[images, ...]`` to ``[batch rows, ...]``."""
+        return per_image[self._image_of_row] if len(self._guided) else per_image
 
     def timesteps(self) -> torch.Tensor:
-        """Float32 ``[images]``."""
+        """Return the current timesteps, float32 ``[images]``."""
         return self._plan[self._at, 1]
 
-    def guide(self, rows: torch.Tensor) -> torch.Tensor:
-        """``[rows, tokens, 64]`` to ``[images, tokens, 64]``, as FluxPipeline does, in the model's dtype."""
+    def guide(self, velocities: torch.Tensor) -> torch.Tensor:
+        """Apply true classifier-free guidance like FluxPipeline, in the model's dtype.
+
+        Args:
+            velocities: ``[batch rows, tokens, 64]``.
+
+        Returns:
+            ``[images, tokens, 64]``.
+        """
         if not len(self._guided):
-            return rows
-        images, negative = rows[: len(self._images)], rows[len(self._images) :]
+            return velocities
+        images, negative = velocities[: len(self._images)], velocities[len(self._images) :]
         scale = self._true_cfg[:, None, None]
         difference = images[self._guided] - negative
         return images.index_copy(0, self._guided, negative + (scale * difference.float()).to(negative.dtype))
 
     def advance(self, velocities: torch.Tensor) -> torch.Tensor:
-        """Take one Euler step, in float32 as the scheduler does, and keep the result for the next one."""
+        """Take one Euler step, in float32 like the scheduler, and return the new latents."""
         width = self._plan[self._at + 1, 0] - self._plan[self._at, 0]
         change = (width[:, None, None] * velocities.float()).to(velocities.dtype)
         self.latents = (self.latents.float() + change).to(velocities.dtype)
@@ -187,22 +193,22 @@ class Batch:
         return self.latents
 
     def cut(self, *padded: torch.Tensor) -> list[tuple[Any, ...]]:
-        """What belongs to each image, without its padding; views."""
+        """Return views of each image's part of the tensors, without padding."""
         return [tuple(tensor[index, :tokens] for tensor in padded) for index, tokens in enumerate(self._tokens)]
 
     def _column(self, values: Sequence[float]) -> torch.Tensor:
         return move(torch.tensor(values, dtype=torch.float32), self._device)
 
     def _positions(self, rotations: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The rows' rotations, ``[rows or 1, T + S, 1, ...]``, and the mask where rows differ in length."""
+        """Return the rotations, ``[batch rows or 1, T + S, 1, ...]``, and a mask if lengths differ."""
         if all(rotation is rotations[0] for rotation in rotations):
             return rotations[0][None, :, None], None
-        rotation = self.rows(pad_sequence(list(rotations), batch_first=True))[:, :, None]
-        lengths = self.rows(move(torch.tensor([len(each) for each in rotations]), self._device))
+        rotation = self.expand(pad_sequence(list(rotations), batch_first=True))[:, :, None]
+        lengths = self.expand(move(torch.tensor([len(each) for each in rotations]), self._device))
         mask = torch.arange(rotation.shape[1], device=self._device) < lengths[:, None]
         return rotation, mask[:, None, None]
 
 
-def _grid(image: Image) -> tuple[int, int]:
-    """Rows and columns of image tokens."""
+def _grid(image: ImageState) -> tuple[int, int]:
+    """Return the height and width in image tokens."""
     return image.request.height // 16, image.request.width // 16

@@ -1,4 +1,4 @@
-"""Small pictures of images in the making, straight from their latents."""
+"""Previews: small pictures of unfinished images, straight from their latents."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import io
 
 import torch
 from diffusers import FluxPipeline
-from PIL import Image as PilImage
+from PIL import Image
 
 PREVIEW_PIXELS = 128
 """The longer side of a preview."""
 SAMPLE = 32
-"""Height and width, in latents, of the samples that the map is fitted on."""
+"""Height and width, in latents, of the samples that the map is fitted to."""
 QUALITY = 75
 
 
 class Previewer:
-    """A fixed linear map from latents to RGB, fitted to the checkpoint's own VAE when it is loaded.
+    """A linear map from latents to RGB, fitted to the checkpoint's VAE at load time.
 
     Args:
-        pipeline: Has the VAE.
+        pipeline: The pipeline with the VAE.
     """
 
     def __init__(self, pipeline: FluxPipeline) -> None:
@@ -27,15 +27,15 @@ class Previewer:
         self._map = fit(pipeline)
 
     def jpeg(self, latents: torch.Tensor, height: int, width: int) -> bytes:
-        """A JPEG of at most `PREVIEW_PIXELS` a side from packed latents ``[tokens, 64]`` on any device."""
+        """Return a JPEG of at most `PREVIEW_PIXELS` per side from packed latents ``[tokens, 64]`` on any device."""
         packed = latents[None].float().cpu()
         grid = self._pipeline._unpack_latents(packed, height, width, self._pipeline.vae_scale_factor)[0]
         pixels = torch.tensordot(self._map[:, :-1], grid, dims=1) + self._map[:, -1, None, None]
         levels = ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        image = PilImage.fromarray(levels.permute(1, 2, 0).numpy())
+        image = Image.fromarray(levels.permute(1, 2, 0).numpy())
         scale = PREVIEW_PIXELS / max(image.size)
         image = image.resize(
-            (max(1, round(image.width * scale)), max(1, round(image.height * scale))), PilImage.Resampling.BICUBIC
+            (max(1, round(image.width * scale)), max(1, round(image.height * scale))), Image.Resampling.BICUBIC
         )
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=QUALITY)
@@ -44,10 +44,10 @@ class Previewer:
 
 @torch.inference_mode()
 def fit(pipeline: FluxPipeline) -> torch.Tensor:
-    """The least-squares map ``[3, channels + 1]`` from latents (and a one) to the mean colour of their pixels, -1 to 1.
+    """Return the least-squares map ``[3, channels + 1]`` from latents and a one to their pixels' mean color, -1 to 1.
 
-    Fitted on what the VAE makes of patches of plain colour and of smooth noise. In the scale of the transformer's
-    latents, on the CPU in float32. The random state is left as it was.
+    The samples are patches of plain color that the VAE encodes, and smooth noise that it decodes. The map is on the CPU
+    in float32 and takes latents in the transformer's scale. The random state is restored.
     """
     vae = pipeline.vae
     scaling, shift = vae.config.scaling_factor, vae.config.shift_factor
@@ -57,13 +57,13 @@ def fit(pipeline: FluxPipeline) -> torch.Tensor:
         noise = torch.nn.functional.interpolate(
             2 * torch.randn(4, vae.config.latent_channels, SAMPLE // 4, SAMPLE // 4), size=SAMPLE, mode="bicubic"
         )
-    coded = vae.encode(patches.to(vae.device, vae.dtype)).latent_dist.mode()
-    latents = torch.cat([(coded - shift) * scaling, noise.to(coded)])
+    encoded = vae.encode(patches.to(vae.device, vae.dtype)).latent_dist.mode()
+    latents = torch.cat([(encoded - shift) * scaling, noise.to(encoded)])
     pixels = vae.decode(latents / scaling + shift, return_dict=False)[0]
-    colours = torch.nn.functional.avg_pool2d(pixels.float().clamp(-1, 1), pixels.shape[-1] // SAMPLE)
+    colors = torch.nn.functional.avg_pool2d(pixels.float().clamp(-1, 1), pixels.shape[-1] // SAMPLE)
     inputs = latents.float().transpose(0, 1).flatten(1).cpu()
     inputs = torch.cat([inputs, torch.ones(1, inputs.shape[1])])
     solution: torch.Tensor = torch.linalg.lstsq(
-        inputs.T, colours.transpose(0, 1).flatten(1).T.cpu(), driver="gelsd"
+        inputs.T, colors.transpose(0, 1).flatten(1).T.cpu(), driver="gelsd"
     ).solution
     return solution.T

@@ -1,4 +1,4 @@
-"""One image as it was asked for: defaults filled in, every range checked."""
+"""FLUX requests and results: tensors to a checked request with its defaults filled in."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ MIN_TRUE_CFG, MAX_TRUE_CFG, DEFAULT_TRUE_CFG = 1.0, 20.0, 4.0
 MAX_SEED = 2**63 - 1
 FORMATS = ("png", "jpeg", "webp")
 MAX_SIDE = {"jpeg": 65_500, "webp": 16_383}
-"""Pixels that one side of a file can have, by format; PNG's limit is out of reach."""
+"""Limit on the pixels per side, by file format; PNG's limit is out of reach."""
 ENCODINGS = ("binary", "base64")
-"""How IMAGE travels. A caller that reads JSON needs base64: JSON has no bytes, and Triton mangles what is not UTF-8."""
+"""Encodings of IMAGE. A JSON caller needs base64: JSON has no bytes, and Triton corrupts text that is not UTF-8."""
 
 
 @dataclass(frozen=True)
 class FluxRequest:
-    """A checked request for one image, with everything that decides its pixels."""
+    """A checked request for one image, with every value that determines its pixels."""
 
     prompt: str
     negative_prompt: str
@@ -47,51 +47,51 @@ class FluxRequest:
 
     @property
     def guided(self) -> bool:
-        """Whether it takes true classifier-free guidance, as FluxPipeline decides."""
+        """True for true classifier-free guidance, by FluxPipeline's rule."""
         return bool(self.negative_prompt) and self.true_cfg_scale > 1
 
     @property
     def tokens(self) -> int:
-        """Image tokens of one row."""
+        """Image tokens of one batch row."""
         return self.height * self.width // PIXELS_PER_TOKEN
 
     @property
-    def rows(self) -> int:
-        """Rows of a forward that it takes: two where the negative prompt has one."""
+    def batch_rows(self) -> int:
+        """Batch rows of a forward: two with true classifier-free guidance."""
         return 2 if self.guided else 1
 
     @property
     def work(self) -> float:
-        """What it costs, in image tokens through the transformer."""
-        return self.tokens * self.rows * self.steps
+        """Estimated cost: image tokens that go through the transformer."""
+        return self.tokens * self.batch_rows * self.steps
 
 
 @dataclass(frozen=True)
 class FluxResult:
-    """An encoded image, and where the seconds went."""
+    """An encoded image and its timings."""
 
     image: bytes
     queue_s: float
-    """From its arrival at the instance to the encoding of its prompt."""
+    """Seconds from its arrival at the instance to the encoding of its prompt."""
     encode_s: float
     denoise_s: float
     decode_s: float
     elapsed_time: float
-    """From its arrival at the instance to its answer."""
+    """Seconds from its arrival at the instance to its answer."""
     mean_batch_size: float
     dtype: str
 
 
 def parse(values: Mapping[str, Any], checkpoint: FluxCheckpoint, *, max_pixels: int) -> FluxRequest:
-    """Check one row of tensors.
+    """Check one row of tensors and return its request.
 
     Args:
-        values: Tensor name to str, int or float; what is missing gets its default.
-        checkpoint: Gives the defaults.
-        max_pixels: The pixel budget, height times width.
+        values: Tensor name to str, int or float; missing ones get their default.
+        checkpoint: Provides the defaults.
+        max_pixels: Limit on height times width.
 
     Raises:
-        InvalidInput: Names the tensor, its value and what is allowed.
+        InvalidInput: A value is out of range; the message names the tensor, the value and what is allowed.
     """
     _check_lora(values.get("LORA", "[]"))
     height = _size("HEIGHT", values.get("HEIGHT", checkpoint.native_size))
@@ -114,7 +114,7 @@ def parse(values: Mapping[str, Any], checkpoint: FluxCheckpoint, *, max_pixels: 
         width=width,
         steps=_within("STEPS", values.get("STEPS", checkpoint.default_steps), 1, MAX_STEPS),
         guidance=_within("GUIDANCE", values.get("GUIDANCE", checkpoint.default_guidance), 0.0, MAX_GUIDANCE),
-        # Drawn seeds stay below 2**32, so that they survive a caller whose JSON numbers are doubles.
+        # Random seeds stay below 2**32: a JSON caller may turn numbers into doubles.
         seed=secrets.randbelow(2**32) if seed == -1 else seed,
         format=image_format,
         encoding=_one_of("ENCODING", values.get("ENCODING", ENCODINGS[0]), ENCODINGS),
@@ -147,7 +147,7 @@ def _prompt(tensor: str, value: str, *, minimum: int) -> str:
 
 
 def _check_lora(text: str) -> None:
-    """Adapters are not loaded yet, so a list that names one is refused rather than ignored."""
+    """Raise InvalidInput for a list that names adapters: they are not served yet, and ignoring them would mislead."""
     allowed = "[] (adapters are not served)"
     if len(text) > MAX_LORA_CHARACTERS:
         raise InvalidInput.of("LORA", text, f"at most {MAX_LORA_CHARACTERS:,} characters")

@@ -1,4 +1,4 @@
-"""When an image's noise is taken away: the sigmas and timesteps of its steps, as FluxPipeline sets them."""
+"""Denoising schedules: the sigmas and timesteps of an image's steps, as FluxPipeline sets them."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ SCHEDULES_KEPT = 256
 
 @dataclass(frozen=True)
 class Schedule:
-    """The plan for one image."""
+    """The steps of one image."""
 
     sigmas: tuple[float, ...]
-    """Noise levels from 1 down to 0: one more than there are steps, float32 values."""
+    """Noise levels from 1 down to 0, one more than there are steps; float32 values."""
     timesteps: tuple[float, ...]
-    """What the transformer is told at each step: 0 to 1000, float32 values."""
+    """Transformer input of each step, 0 to 1000; float32 values."""
 
 
 class Scheduler:
-    """Plans images as the checkpoint's scheduler would, without its per-image state.
+    """The checkpoint's scheduler, without its per-image state.
 
     Args:
-        scheduler: The checkpoint's own.
+        scheduler: The checkpoint's scheduler.
 
     Raises:
         CheckpointError: The scheduler does not take plain Euler steps.
@@ -42,7 +42,7 @@ class Scheduler:
         self.plan = lru_cache(SCHEDULES_KEPT)(self._plan)
 
     def _plan(self, steps: int, tokens: int) -> Schedule:
-        """The schedule for `steps` steps of an image of `tokens` image tokens.
+        """Return the schedule for `steps` steps of an image with `tokens` image tokens.
 
         More tokens shift the sigmas towards more noise: see `calculate_shift`, and section 5.3.2 of "Scaling
         Rectified Flow Transformers for High-Resolution Image Synthesis" (Esser et al., 2024).

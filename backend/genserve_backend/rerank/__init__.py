@@ -1,1 +1,1 @@
-"""The `rerank` model: how relevant each document is to a query."""
+"""The `rerank` model: the relevance of documents to a query."""

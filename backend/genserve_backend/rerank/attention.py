@@ -1,7 +1,7 @@
-"""Attention over packed sequences: one row of tokens without padding, in which each sequence sees only itself.
+"""Attention over packed sequences: one batch row of tokens without padding, where each sequence attends only to itself.
 
-transformers' models take the attention function by name from their configuration and pass it the keyword arguments of
-their forward. So the models are transformers' own; only what goes through them is laid out differently.
+transformers' models look up their attention function by a name in the configuration and pass it the keyword arguments
+of their forward. So the models are used unchanged; only their inputs are laid out differently.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ PACKED = "genserve_packed"
 
 @dataclass(frozen=True)
 class KeysValues:
-    """What attention has to know of a prefix: for each layer its keys and values, ``[1, heads, tokens, head]``."""
+    """The keys and values of a prefix."""
 
     layers: tuple[tuple[Tensor, Tensor], ...]
+    """Per layer: keys and values, ``[1, heads, tokens, head]``."""
 
     @property
     def length(self) -> int:
@@ -44,69 +45,70 @@ class KeysValues:
 
 @dataclass
 class Packing:
-    """Which of the packed tokens belong together.
+    """The sequences of a packed batch.
 
     Args:
         lengths: Tokens of each sequence, in order.
-        last: Whether the one position that is asked of a sequence is its last; else it is the first.
-        prefixes: What each sequence continues, or None; only where attention is causal.
-        keep: Whether to gather the keys and values of all tokens.
+        last: Whether the output position of a sequence is its last token; otherwise it is the first.
+        prefixes: The prefix that each sequence continues, or None; only for causal attention.
+        capture: Whether to keep the keys and values of all tokens.
 
     Attributes:
-        asked: int64 ``[sequences]`` on the device: the position that is asked of each, in the row of all tokens.
+        output_positions: int64 ``[sequences]`` on the device: the position among all tokens that the output of each
+            sequence is made from.
         tokens: int64 ``[sequences]`` on the device: `lengths`.
-        query_offsets: Of all tokens, for the kernel.
-        key_offsets: The same, with what each sequence continues.
+        query_offsets: Offsets of the sequences among all tokens, for the kernel.
+        key_offsets: The same, with the prefixes.
     """
 
     lengths: Sequence[int]
     last: bool = False
     prefixes: Sequence[KeysValues | None] = ()
-    keep: bool = False
-    kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """By layer, if `keep`."""
-    asked: Tensor = field(init=False)
+    capture: bool = False
+    captured: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    """By layer, if `capture`."""
+    output_positions: Tensor = field(init=False)
     tokens: Tensor = field(init=False)
     query_offsets: Offsets = field(init=False)
     key_offsets: Offsets = field(init=False)
 
     def __post_init__(self) -> None:
         self.ends = list(accumulate(self.lengths))
-        """Where each sequence ends."""
+        """The end of each sequence among all tokens."""
 
     @property
-    def index_rows(self) -> list[list[int]]:
-        """The integers that `place` expects on the device."""
-        asked = [end - 1 for end in self.ends] if self.last else [0, *self.ends[:-1]]
-        return [asked, list(self.lengths), [0, *self.ends], [0, *accumulate(self._key_lengths)]]
+    def index_lists(self) -> list[list[int]]:
+        """The arguments of `set_indices`, to be copied to the device."""
+        output_positions = [end - 1 for end in self.ends] if self.last else [0, *self.ends[:-1]]
+        return [output_positions, list(self.lengths), [0, *self.ends], [0, *accumulate(self._key_lengths)]]
 
-    def place(self, asked: Tensor, tokens: Tensor, query_offsets: Tensor, key_offsets: Tensor) -> None:
-        """Take over `index_rows`, which are on the device now."""
-        self.asked, self.tokens = asked, tokens
+    def set_indices(self, output_positions: Tensor, tokens: Tensor, query_offsets: Tensor, key_offsets: Tensor) -> None:
+        """Store `index_lists` as tensors on the device."""
+        self.output_positions, self.tokens = output_positions, tokens
         self.query_offsets = Offsets(query_offsets.to(torch.int32), max(self.lengths))
         self.key_offsets = Offsets(key_offsets.to(torch.int32), max(self._key_lengths))
 
     @cached_property
-    def asked_offsets(self) -> Offsets:
-        """Offsets of one query for each sequence."""
+    def output_offsets(self) -> Offsets:
+        """Offsets of one query per sequence."""
         count = len(self.lengths)
-        return Offsets(torch.arange(count + 1, dtype=torch.int32, device=self.asked.device), 1)
+        return Offsets(torch.arange(count + 1, dtype=torch.int32, device=self.output_positions.device), 1)
 
     @cached_property
     def _key_lengths(self) -> list[int]:
-        return [self.skipped(index) + length for index, length in enumerate(self.lengths)]
+        return [self.prefix_length(index) + length for index, length in enumerate(self.lengths)]
 
-    def skipped(self, sequence: int) -> int:
-        """Tokens before a sequence that are known already."""
+    def prefix_length(self, sequence: int) -> int:
+        """Return the tokens of the prefix that a sequence continues."""
         prefix = self.prefix(sequence)
         return 0 if prefix is None else prefix.length
 
     def prefix(self, sequence: int) -> KeysValues | None:
-        """What a sequence continues."""
+        """Return the prefix that a sequence continues."""
         return self.prefixes[sequence] if self.prefixes else None
 
-    def prefixed(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Return those of all tokens, and before each sequence's own those of what it continues."""
+    def with_prefixes(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of all tokens, each sequence's preceded by those of its prefix."""
         prefixes, sources = self._sources
         if not prefixes:
             return key, value
@@ -118,41 +120,42 @@ class Packing:
 
     @cached_property
     def _sources(self) -> tuple[list[KeysValues], Tensor]:
-        """The different prefixes, and for each key its place behind them and all tokens: the same for every layer.
+        """The distinct prefixes, and for each key its index in the concatenation of them and all tokens.
 
-        A few copies a layer, where slices of each sequence would be hundreds.
+        They are the same for every layer. Gathering takes a few copies per layer; slices of each sequence would take
+        hundreds.
         """
         prefixes = list({id(prefix): prefix for prefix in self.prefixes if prefix is not None}.values())
         ends = list(accumulate(prefix.length for prefix in prefixes))
         starts = {id(prefix): end - prefix.length for prefix, end in zip(prefixes, ends, strict=True)}
-        own = ends[-1] if ends else 0
+        offset = ends[-1] if ends else 0
         sources: list[int] = []
         for index, (length, end) in enumerate(zip(self.lengths, self.ends, strict=True)):
             if (prefix := self.prefix(index)) is not None:
                 start = starts[id(prefix)]
                 sources += range(start, start + prefix.length)
-            sources += range(own + end - length, own + end)
-        return prefixes, move(torch.tensor(sources), self.asked.device)
+            sources += range(offset + end - length, offset + end)
+        return prefixes, move(torch.tensor(sources), self.output_positions.device)
 
     def keys_values(self, sequence: int) -> KeysValues:
-        """What was kept of a sequence, and of the prefix before it."""
+        """Return the captured keys and values of a sequence, preceded by those of its prefix."""
         end = self.ends[sequence]
         start = end - self.lengths[sequence]
         prefix = self.prefix(sequence)
         layers = []
-        for layer in range(len(self.kept)):
-            pair = [each[:, :, start:end] for each in self.kept[layer]]
+        for layer in range(len(self.captured)):
+            pair = [each[:, :, start:end] for each in self.captured[layer]]
             if prefix is not None:
                 pair = [torch.cat(parts, dim=2) for parts in zip(prefix.layers[layer], pair, strict=True)]
-            # A copy, because a slice would keep the whole forward's.
+            # A copy, because a slice would keep the tensors of the whole forward in memory.
             layers.append((pair[0].clone(), pair[1].clone()))
         return KeysValues(tuple(layers))
 
 
 def choose_kernels(device: torch.device, dtype: torch.dtype) -> None:
-    """Decide on a GPU's attention before the first request; nothing to do elsewhere."""
+    """Choose the attention kernels of a GPU before the first request; do nothing on a CPU."""
     if device.type == "cuda":
-        # It makes a plan for every new combination of sizes and strides, and keeps them all.
+        # cuDNN makes a plan for every new combination of sizes and strides, and keeps them all.
         torch.backends.cuda.enable_cudnn_sdp(False)
         if dtype in varlen.DTYPES:
             varlen.find_kernel(device, dtype)
@@ -171,32 +174,32 @@ def packed_attention(
     one_position: bool = False,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """The attention of ``[1, heads, tokens, head]``, as transformers calls it.
+    """Compute attention over ``[1, heads, tokens, head]``, with the signature that transformers calls.
 
     Args:
-        module: The attention layer, which says whether it is causal and which layer it is.
-        query: Of all tokens, or of those that are asked.
-        key: Of all tokens; may have fewer heads.
+        module: The attention layer, with its layer index and whether it is causal.
+        query: Queries of all tokens, or of the output positions only.
+        key: Keys of all tokens; may have fewer heads.
         value: The same.
-        packing: Which tokens belong together.
-        scaling: Of the scores; by default one over the root of the head's width.
-        sliding_window: How far a token sees to both sides, its own position counted in; None for everything.
-        one_position: Whether `query` holds only the position of each sequence that `Packing.asked` names.
+        packing: The sequences.
+        scaling: Scale of the scores; by default one over the square root of the head width.
+        sliding_window: Distance to both sides that a token attends to, counting its own position; None for no limit.
+        one_position: Whether `query` holds only `Packing.output_positions`.
 
     Returns:
         ``[1, queries, heads, head]``, and no weights.
     """
-    if packing.keep:
-        packing.kept[module.layer_idx] = (key, value)
+    if packing.capture:
+        packing.captured[module.layer_idx] = (key, value)
     causal = bool(module.is_causal)
-    # The kernel takes queries for the last tokens of their sequence: a first one can only be asked to see everything.
+    # The kernel takes queries as the last tokens of their sequence, so a first token works only without a mask.
     if varlen.serves(query) and not (one_position and not packing.last and (causal or sliding_window)):
-        keys, values = packing.prefixed(module.layer_idx, key, value)
+        keys, values = packing.with_prefixes(module.layer_idx, key, value)
         attended = varlen.attend(
             query,
             keys,
             values,
-            query_offsets=packing.asked_offsets if one_position else packing.query_offsets,
+            query_offsets=packing.output_offsets if one_position else packing.query_offsets,
             key_offsets=packing.key_offsets,
             causal=causal,
             window=sliding_window,
@@ -212,9 +215,12 @@ def packed_attention(
         if (prefix := packing.prefix(index)) is not None:
             before = prefix.layers[module.layer_idx]
             keys, values = torch.cat([before[0], keys], dim=2), torch.cat([before[1], values], dim=2)
-        seen = keys.shape[2]
-        rows = range(seen - length, seen) if not one_position else range(seen - 1, seen) if packing.last else range(1)
-        is_causal, mask = _view(rows, seen, causal=causal, window=sliding_window, device=query.device)
+        count = keys.shape[2]
+        if not one_position:
+            positions = range(count - length, count)
+        else:
+            positions = range(count - 1, count) if packing.last else range(1)
+        is_causal, mask = _mask_for(positions, count, causal=causal, window=sliding_window, device=query.device)
         parts.append(
             functional.scaled_dot_product_attention(
                 queries, keys, values, attn_mask=mask, is_causal=is_causal, scale=scaling, enable_gqa=grouped
@@ -223,20 +229,23 @@ def packed_attention(
     return torch.cat(parts, dim=2).transpose(1, 2), None
 
 
-def _view(
-    rows: range, seen: int, *, causal: bool, window: int | None, device: torch.device
+def _mask_for(
+    queries: range, keys: int, *, causal: bool, window: int | None, device: torch.device
 ) -> tuple[bool, Tensor | None]:
-    """Which of the `seen` tokens those at `rows` look at: torch's own causal mask, or a mask, or neither for all."""
-    windowed = window is not None and window < seen
-    if not windowed and (not causal or rows.start == seen - 1):
+    """Return `is_causal` and `attn_mask` for the queries at these positions, the cheapest that are correct."""
+    windowed = window is not None and window < keys
+    if not windowed and (not causal or queries.start == keys - 1):
         return False, None
-    if not windowed and len(rows) == seen:
+    if not windowed and len(queries) == keys:
         return True, None
-    columns = torch.arange(seen, device=device)
-    row = columns[rows.start : rows.stop, None]
-    mask = columns <= row if causal else torch.ones(len(rows), seen, dtype=torch.bool, device=device)
+    key_positions = torch.arange(keys, device=device)
+    query_positions = key_positions[queries.start : queries.stop, None]
+    if causal:
+        mask = key_positions <= query_positions
+    else:
+        mask = torch.ones(len(queries), keys, dtype=torch.bool, device=device)
     if windowed and window is not None:
-        mask = mask & ((columns - row).abs() < window)
+        mask = mask & ((key_positions - query_positions).abs() < window)
     return False, mask
 
 

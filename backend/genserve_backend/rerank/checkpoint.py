@@ -1,4 +1,4 @@
-"""What kind of reranker a checkpoint folder holds and how long a text it can read, decided from its own files."""
+"""The kind and length limit of a reranker checkpoint, determined from its files."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from genserve_backend.checkpoints import CheckpointError, read_json, require_folder, require_safetensors
-from genserve_backend.rerank.sentence import Modules, SentenceOptions
+from genserve_backend.rerank.sentence_transformers import EmbeddingOptions, Modules
 
 Kind = Literal["bi-encoder", "cross-encoder", "causal"]
 
 CAUSAL_MAX_LENGTH = 8192
-"""The published limit of yes/no rerankers, in tokens; their position tables reach further than their training did."""
+"""The published limit of yes/no rerankers, in tokens; their position tables are longer than their training texts."""
 
-# Models whose first position is pad_token_id + 1, so that the table's first rows never belong to a token.
+# Models whose first position is pad_token_id + 1: no token uses the positions before it.
 _OFFSET_POSITIONS = frozenset(
     {
         "camembert",
@@ -29,9 +29,9 @@ _OFFSET_POSITIONS = frozenset(
         "xmod",
     }
 )
-# transformers writes int(1e30) where a tokenizer has no limit.
+# transformers writes int(1e30) for a tokenizer without a limit.
 _NO_LIMIT = 10**9
-# For the rare checkpoint that names no limit anywhere.
+# For the rare checkpoint without any limit in its files.
 _FALLBACK_MAX_LENGTH = 512
 
 
@@ -40,21 +40,21 @@ class RerankCheckpoint:
     """A folder that can be served."""
 
     path: Path
-    """Where the weights and the tokenizer are."""
+    """The folder of the weights and the tokenizer."""
     kind: Kind
     name: str
-    """The folder's name, for people."""
+    """The checkpoint folder's name, for display."""
     max_length: int
-    """Tokens of one sequence, at most, special tokens and (for causal) the template included."""
-    sentence: SentenceOptions | None = None
-    """Set for a bi-encoder, and only there."""
+    """Most tokens of a sequence, including special tokens and the template of a causal model."""
+    embedding: EmbeddingOptions | None = None
+    """Set for bi-encoders only."""
 
     @classmethod
-    def read(cls, path: Path) -> RerankCheckpoint:
-        """Look at the folder `path` without loading a weight.
+    def load(cls, path: Path) -> RerankCheckpoint:
+        """Inspect the folder `path` without loading its weights.
 
         Raises:
-            CheckpointError: It is missing, incomplete, or holds nothing that can rerank; one line says which.
+            CheckpointError: It is missing, incomplete, or no reranker. The message is one line.
         """
         require_folder(path, setting="RERANK_MODEL_PATH")
         name = path.resolve().name
@@ -63,17 +63,17 @@ class RerankCheckpoint:
         config = read_json(weights / "config.json")
         require_safetensors(weights)
         architecture = _architecture(config)
-        # In this order: a CrossEncoder's folder may have a modules.json too, and an embedding model's base may be a
-        # ForCausalLM whose yes and no mean nothing.
+        # The order matters: a CrossEncoder's folder may have a modules.json too, and the base of an embedding model may
+        # be a ForCausalLM, whose yes and no mean nothing.
         if architecture.endswith("ForSequenceClassification"):
             _require_one_label(config, path)
             return cls(weights, "cross-encoder", name, _encoder_limit(config, weights))
         if modules and modules.is_bi_encoder:
             if config.get("is_encoder_decoder"):
                 raise CheckpointError(f"{path} is an encoder-decoder ({architecture}), which is not served")
-            sentence = modules.options(path)
-            limit = _encoder_limit(config, weights, declared=sentence.max_length)
-            return cls(weights, "bi-encoder", name, limit, sentence)
+            embedding = modules.options(path)
+            limit = _encoder_limit(config, weights, declared=embedding.max_length)
+            return cls(weights, "bi-encoder", name, limit, embedding)
         if architecture.endswith("ForCausalLM"):
             limit = min(CAUSAL_MAX_LENGTH, _positions(config) or CAUSAL_MAX_LENGTH)
             return cls(weights, "causal", name, limit)
@@ -90,16 +90,15 @@ def _architecture(config: dict[str, Any]) -> str:
 
 def _require_one_label(config: dict[str, Any], path: Path) -> None:
     names, count = config.get("id2label"), config.get("num_labels")
-    # Neither key means two labels: that is the default of transformers.
+    # Without either key transformers assumes two labels.
     labels = len(names) if isinstance(names, dict) else count if isinstance(count, int) else 2
     if labels != 1:
         raise CheckpointError(f"{path} is a classifier with {labels} labels; a reranker has exactly one")
 
 
 def _encoder_limit(config: dict[str, Any], folder: Path, *, declared: int | None = None) -> int:
-    limit = declared or _tokenizer_limit(folder)
-    known = [number for number in (limit, _positions(config)) if number is not None]
-    return min(known, default=_FALLBACK_MAX_LENGTH)
+    limits = (declared or _tokenizer_limit(folder), _positions(config))
+    return min((limit for limit in limits if limit is not None), default=_FALLBACK_MAX_LENGTH)
 
 
 def _tokenizer_limit(folder: Path) -> int | None:
@@ -119,7 +118,7 @@ def _positions(config: dict[str, Any]) -> int | None:
 
 
 def first_position(config: Any) -> int:
-    """The position of a sequence's first token in the position table of a model with this transformers `config`."""
+    """Return the position of a sequence's first token in a model with this transformers `config`."""
     if config.model_type not in _OFFSET_POSITIONS:
         return 0
     return int(config.pad_token_id) + 1

@@ -1,6 +1,7 @@
-"""The rerank engine: the documents of all requests in one pool, out of which each forward takes what fits.
+"""The rerank engine: batches of documents from any requests.
 
-A request is answered as soon as its own documents are done, whatever else shares their forwards.
+Every forward takes sequences from the requests in the engine. A request is done with the last of its own documents,
+whatever other requests share their forwards.
 """
 
 from __future__ import annotations
@@ -15,63 +16,64 @@ import torch
 
 from genserve_backend.errors import RequestError, ServerError
 from genserve_backend.logs import log
-from genserve_backend.rerank.pool import Piece, Ranking, choose
-from genserve_backend.rerank.reader import Known, Read, Reader
+from genserve_backend.rerank.batching import choose
 from genserve_backend.rerank.report import Reporter
 from genserve_backend.rerank.request import RerankResult
 from genserve_backend.rerank.score_cache import Score, ScoreCache
 from genserve_backend.rerank.scorers.base import Scorer
+from genserve_backend.rerank.state import BatchItem, RequestState
+from genserve_backend.rerank.tokenization import CacheHits, Tokenization, Tokenized
 from genserve_backend.settings import RerankSettings
 from genserve_backend.worker.engine import Emit, Inbox, Job
 from genserve_backend.worker.isolate import isolate
-from genserve_backend.worker.messages import Cancel, Done, Failed, Grant, Submit
+from genserve_backend.worker.messages import Cancel, Grant, Submit
+from genserve_backend.worker.scheduling import GrantCounter
 
 logger = logging.getLogger(__name__)
 
 
 class RerankEngine:
-    """Scores documents, those of many requests at a time.
+    """Reranking engine that scores the documents of many requests at a time.
 
     Args:
         scorer: The loaded model.
-        known: Scores of earlier requests.
-        reporter: Progress and counts.
-        settings: The other limits.
-        emit: Where events go.
+        score_cache: Scores of earlier requests.
+        reporter: Reports progress and metrics.
+        settings: The limits.
         max_num_batched_tokens: Tokens of a forward, at most.
+        emit: Receives the events.
     """
 
     def __init__(
         self,
         *,
         scorer: Scorer,
-        known: ScoreCache,
+        score_cache: ScoreCache,
         reporter: Reporter,
         settings: RerankSettings,
-        emit: Emit,
         max_num_batched_tokens: int,
+        emit: Emit,
     ) -> None:
         self._scorer = scorer
-        self._known = known
+        self._score_cache = score_cache
         self._reporter = reporter
         self._settings = settings
         self._max_num_batched_tokens = max_num_batched_tokens
         self._emit = emit
-        self._inbox: Inbox[Ranking | Cancel | Known | Read] = Inbox()
-        self._reader = Reader(scorer, known, self._inbox.put)
-        self._rankings: dict[int, Ranking] = {}
-        self._asked = 0
-        """Requests asked for that have not come; below zero after a restart, which brings some unasked."""
+        self._inbox: Inbox[RequestState | Cancel | CacheHits | Tokenized] = Inbox()
+        self._tokenization = Tokenization(scorer, score_cache, self._inbox.put)
+        self._grants = GrantCounter()
+        self._states: dict[int, RequestState] = {}
 
     def submit(self, submit: Submit) -> None:
-        """Take a request. It is read at once, not only when the current forward is done."""
-        unread = sum(map(len, submit.request.documents))
-        ranking = Ranking(Job(submit, self._emit), submit.request, unread=unread)
-        self._inbox.put(ranking)
-        self._reader.submit(ranking)
+        """Accept a request. Its tokenization starts at once, alongside the current forward."""
+        characters = sum(map(len, submit.request.documents))
+        state = RequestState(Job(submit, self._emit), submit.request, characters_left=characters)
+        self._inbox.put(state)
+        self._tokenization.submit(state)
 
     def cancel(self, job_id: int) -> None:
-        """Stop working on a request after the current forward. One that is unknown or done is left alone."""
+        """Stop working on a request after the current forward. Ignore one that is unknown or done."""
         self._inbox.put(Cancel(job_id))
 
     def run(self) -> None:
@@ -85,144 +87,142 @@ class RerankEngine:
 
     @torch.inference_mode()
     def turn(self) -> None:
-        """Hear what came, run one forward, answer what is done. Waits for a message where there is nothing to do."""
-        self._ask()
-        for message in self._inbox.take(wait=not any(ranking.waiting for ranking in self._rankings.values())):
-            self._take(message)
-        for ranking in list(self._rankings.values()):
-            if error := ranking.job.end():
-                self._fail(ranking, error)
-        pieces = choose(
-            self._rankings.values(),
+        """Receive messages, run one forward, send results and report. Wait for a message if there is no work."""
+        self._grant()
+        self._receive(wait=not any(state.waiting for state in self._states.values()))
+        self._drop_stopped()
+        batch = choose(
+            self._states.values(),
             now=time.monotonic(),
             max_num_seqs=self._settings.max_num_seqs,
             max_num_batched_tokens=self._max_num_batched_tokens,
             padded=not self._scorer.packs,
         )
-        if pieces:
-            self._forward(pieces)
-            for message in self._inbox.take(wait=False):  # which may say that nothing more is to come of a request
-                self._take(message)
-        for ranking in list(self._rankings.values()):
-            if ranking.is_scored:
-                self._finish(ranking)
-        self._reporter.report(self._rankings.values(), stalled_s=self._reader.busy.seconds)
+        if batch:
+            self._step(batch)
+            self._receive(wait=False)  # perhaps the end of a request's sequences
+        for state in list(self._states.values()):
+            if state.is_scored:
+                self._finish(state)
+        self._reporter.report(self._states.values(), stalled_s=self._tokenization.busy.seconds)
 
-    # What a turn is made of.
+    # The parts of a turn.
 
-    def _ask(self) -> None:
-        """Ask for requests while there is room: enough tokens to choose from, and not too many in memory."""
-        held = sum(ranking.tokens_left for ranking in self._rankings.values())
-        room = held < self._settings.max_held_batches * self._max_num_batched_tokens
-        free = self._settings.max_waiting_requests - len(self._rankings) - max(0, self._asked)
-        if room and free > 0:
-            self._asked += free
-            self._emit(Grant(free))
+    def _grant(self) -> None:
+        """Ask for requests unless there are enough tokens to choose from, or too many requests in memory."""
+        tokens = sum(state.tokens_left for state in self._states.values())
+        if tokens >= self._settings.max_held_batches * self._max_num_batched_tokens:
+            return
+        count = self._settings.max_waiting_requests - len(self._states) - self._grants.outstanding
+        if count > 0:
+            self._grants.granted(count)
+            self._emit(Grant(count))
 
-    def _take(self, message: Ranking | Cancel | Known | Read) -> None:
-        if isinstance(message, Ranking):
-            self._asked -= 1
-            self._rankings[message.job.submit.job] = message
-        elif isinstance(message, Cancel):
-            if known := self._rankings.get(message.job):
-                known.job.cancelled = True
-        elif message.ranking.job.submit.job in self._rankings:
-            if isinstance(message, Known):
-                self._knows(message)
+    def _receive(self, *, wait: bool) -> None:
+        for message in self._inbox.receive(wait=wait):
+            if isinstance(message, RequestState):
+                self._grants.arrived()
+                self._states[message.job.id] = message
+            elif isinstance(message, Cancel):
+                if state := self._states.get(message.job_id):
+                    state.job.cancel()
+            elif message.state.job.id not in self._states:
+                pass  # the request has failed meanwhile
+            elif isinstance(message, CacheHits):
+                message.state.add_hits(message.cache_keys, message.scores)
+                self._reporter.cached(len(message.scores))
             else:
-                self._has_read(message)
+                self._add_slice(message)
 
-    def _knows(self, known: Known) -> None:
-        """Some of a request's scores need no forward."""
-        ranking = known.ranking
-        ranking.keys, ranking.known = known.keys, known.scores
-        ranking.documents_done += len(known.scores)
-        ranking.unread -= sum(len(ranking.request.documents[number]) for number in known.scores)
-        self._reporter.known(len(known.scores))
-
-    def _has_read(self, read: Read) -> None:
-        """A slice of a request is tokenised."""
-        ranking = read.ranking
-        if read.error:
-            self._fail(ranking, read.error)
-        elif read.slice is None:
-            ranking.is_read = True
+    def _add_slice(self, tokenized: Tokenized) -> None:
+        state = tokenized.state
+        if tokenized.error:
+            self._fail(state, tokenized.error)
+        elif tokenized.slice is None:
+            state.is_tokenized = True
         else:
-            ranking.read(read.slice.sequences, characters=read.slice.characters)
-            if read.slice.query_truncated and not ranking.query_truncated:
-                ranking.query_truncated = True
-                log(logger, logging.WARNING, "query cut to the length limit", task_id=ranking.job.submit.task_id)
+            state.add_sequences(tokenized.slice.sequences, characters=tokenized.slice.characters)
+            if tokenized.slice.query_truncated and not state.query_truncated:
+                state.query_truncated = True
+                log(logger, logging.WARNING, "query cut to the length limit", task_id=state.job.task_id)
 
-    def _forward(self, pieces: Sequence[Piece]) -> None:
-        """Run the model on sequences of any requests, and keep what it makes of each."""
+    def _drop_stopped(self) -> None:
+        """Fail cancelled and late requests."""
+        for state in list(self._states.values()):
+            if error := state.job.stop_reason():
+                self._fail(state, error)
+
+    def _step(self, batch: Sequence[BatchItem]) -> None:
+        """Run a forward for `batch` and store the outputs."""
         started = time.monotonic()
-        for ranking in {piece.ranking for piece in pieces if piece.ranking.started is None}:
-            ranking.started = started
-            self._reporter.began(started - ranking.job.arrived)
-        before = self._scorer.prefix_tokens_read
-        rows, failed = isolate(self._run, pieces, name=_name)
-        self._reporter.ran(
-            pieces,
+        for state in {item.state for item in batch if not item.state.has_started}:
+            state.started = started
+            self._reporter.started(started - state.job.arrived)
+        computed, reused = self._scorer.prefix_tokens_computed, self._scorer.prefix_tokens_reused
+        outputs, failed = isolate(self._forward, batch, name=lambda item: item.name)
+        self._reporter.stepped(
+            batch,
             seconds=time.monotonic() - started,
             padded=not self._scorer.packs,
-            prefix_tokens=self._scorer.prefix_tokens_read - before,
+            prefix_tokens_computed=self._scorer.prefix_tokens_computed - computed,
+            prefix_tokens_reused=self._scorer.prefix_tokens_reused - reused,
         )
-        for piece, row in rows.items():
-            piece.ranking.keep(piece, row)
-        for piece, error in failed.items():
-            self._fail(piece.ranking, error)
+        for item, error in failed.items():
+            self._fail(item.state, error)
+        for item, output in outputs.items():
+            item.state.add_output(item, output)
 
-    def _run(self, pieces: Sequence[Piece]) -> Sequence[torch.Tensor]:
-        return self._scorer.forward([piece.sequence for piece in pieces]).unbind()
+    def _forward(self, batch: Sequence[BatchItem]) -> Sequence[torch.Tensor]:
+        return self._scorer.forward([item.sequence for item in batch]).unbind()
 
-    def _finish(self, ranking: Ranking) -> None:
-        """Answer a request whose sequences all have their rows."""
+    def _finish(self, state: RequestState) -> None:
+        """Send the result of a request whose sequences all have their outputs."""
         now = time.monotonic()
-        job, started = ranking.job, ranking.started or now
-        scores = ranking.known | self._scores(ranking)
-        if bad := sorted(number for number, score in scores.items() if math.isnan(score.value)):
-            self._fail(ranking, _no_number(bad, len(scores)))
+        started = now if state.started is None else state.started
+        scores = state.hits | self._scores(state)
+        if nans := sorted(document for document, score in scores.items() if math.isnan(score.value)):
+            self._fail(state, _not_a_number(nans, len(scores)))
             return
-        if ranking.keys:
-            self._known.put((ranking.keys[number], score) for number, score in scores.items())
-        del self._rankings[job.submit.job]
-        result = RerankResult(
-            scores=[scores[number].value for number in range(len(scores))],
-            tokens=sum(len(sequence.ids) for sequence in ranking.sequences),
-            truncated=[number for number in range(len(scores)) if scores[number].truncated],
-            queue_s=started - job.arrived,
-            elapsed_time=now - job.arrived,
+        if state.cache_keys:
+            self._score_cache.put((state.cache_keys[document], score) for document, score in scores.items())
+        self._forget(state)
+        state.job.done(
+            RerankResult(
+                scores=[scores[document].value for document in range(len(scores))],
+                tokens=sum(len(sequence.ids) for sequence in state.sequences),
+                truncated=[document for document in range(len(scores)) if scores[document].truncated],
+                queue_s=started - state.job.arrived,
+                elapsed_time=now - state.job.arrived,
+            )
         )
-        self._emit(Done(job.submit.job, result))
 
-    def _scores(self, ranking: Ranking) -> dict[int, Score]:
-        """The scores that the model gives, by document: the highest of its windows."""
-        documents = [sequence for sequence in ranking.sequences if sequence.document is not None]
-        if not documents:
+    def _scores(self, state: RequestState) -> dict[int, Score]:
+        """Return the scores computed by the model, by document: the highest of its windows."""
+        sequences = [sequence for sequence in state.sequences if sequence.document is not None]
+        if not sequences:
             return {}
-        values = self._scorer.scores(torch.stack([row for row in ranking.rows if row is not None])).tolist()
+        outputs = torch.stack([output for output in state.outputs if output is not None])
         scores: dict[int, Score] = {}
-        for sequence, value in zip(documents, values, strict=True):
-            number = cast("int", sequence.document)
-            before = scores.get(number, Score(value, truncated=False))
-            # Not max(), which may lose what is not a number.
+        for sequence, value in zip(sequences, self._scorer.scores(outputs).tolist(), strict=True):
+            document = cast("int", sequence.document)
+            before = scores.get(document, Score(value, truncated=False))
+            # Not max(), which may drop a NaN.
             is_best = value > before.value or math.isnan(value)
-            scores[number] = Score(value if is_best else before.value, before.truncated or sequence.truncated)
+            scores[document] = Score(value if is_best else before.value, before.truncated or sequence.truncated)
         return scores
 
-    def _fail(self, ranking: Ranking, error: RequestError) -> None:
-        """Answer a request with an error; one that has been answered already is left alone."""
-        if self._rankings.pop(ranking.job.submit.job, None):
-            self._emit(Failed(ranking.job.submit.job, error))
+    def _fail(self, state: RequestState, error: RequestError) -> None:
+        """Send an error, unless the request has failed already: several of its sequences may."""
+        if state.job.id in self._states:
+            self._forget(state)
+            state.job.fail(error)
+
+    def _forget(self, state: RequestState) -> None:
+        del self._states[state.job.id]
 
 
-def _name(piece: Piece) -> str:
-    """A sequence as its caller knows it."""
-    return f"{piece.sequence.name} with {piece.length:,} tokens"
-
-
-def _no_number(bad: Sequence[int], count: int) -> ServerError:
+def _not_a_number(documents: Sequence[int], count: int) -> ServerError:
     return ServerError(
-        f"the model gave no number for {len(bad)} of {count} documents, DOCUMENTS[{bad[0]}] first; "
+        f"the model gave no number for {len(documents)} of {count} documents, DOCUMENTS[{documents[0]}] first; "
         "float16 overflows with some checkpoints, bfloat16 and float32 do not"
     )

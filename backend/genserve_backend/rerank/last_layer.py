@@ -1,7 +1,8 @@
-"""The last layer of a model, for one position of each sequence.
+"""A last layer that computes one position of each sequence.
 
-A score is read off one token: the first of a cross-encoder, the last of a causal model. The layers below need all
-tokens, because that token looks at them; of the last layer, the others need no more than their keys and values.
+A score depends on a single token of the last layer: the first token of a cross-encoder, the last token of a causal
+model. The layers below need all tokens, because that token attends to them. The last layer needs only their keys and
+values.
 """
 
 from __future__ import annotations
@@ -15,24 +16,24 @@ from torch import Tensor, nn
 from genserve_backend.rerank.attention import Packing, packed_attention
 
 
-def ask_one_position(model: nn.Module) -> None:
-    """Make the last layer of `model` answer for `Packing.asked` alone: ``[sequences, 1, width]``.
+def replace_last_layer(model: nn.Module) -> None:
+    """Make the last layer of `model` compute only `Packing.output_positions`.
 
-    What comes after the layer takes it for a batch of sequences of one token, and finds it at the first and the last
-    position of each.
+    Its result is ``[sequences, 1, width]``. The model's head treats that as a batch of sequences of one token, which
+    is the first and the last of each.
     """
     layers = _layers(model)
-    layers[-1] = OnePosition(layers[-1])
+    layers[-1] = LastLayer(layers[-1])
 
 
 def _layers(model: nn.Module) -> nn.ModuleList:
-    """The list of transformer layers: the longest module list there is."""
+    """Return the list of transformer layers, which is the longest module list of the model."""
     lists = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
     return max(lists, key=len)
 
 
-class OnePosition(nn.Module):
-    """A layer that answers for `Packing.asked`."""
+class LastLayer(nn.Module):
+    """A layer that computes only `Packing.output_positions`."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -40,16 +41,16 @@ class OnePosition(nn.Module):
         self._forward = _forward_for(layer)
 
     def __getattr__(self, name: str) -> Any:
-        """The model may look at what its layers are."""
+        """Return the layer's own attribute: the model may read its layers' attributes."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("layer"), name)
 
     def forward(self, hidden_states: Tensor, *args: Any, packing: Packing, **kwargs: Any) -> Tensor:
-        """``[1, tokens, width]`` to ``[sequences, 1, width]``."""
-        asked = self._forward(self.layer, hidden_states, *args, packing=packing, **kwargs)
-        return asked.transpose(0, 1)
+        """Map ``[1, tokens, width]`` to ``[sequences, 1, width]``."""
+        selected = self._forward(self.layer, hidden_states, *args, packing=packing, **kwargs)
+        return selected.transpose(0, 1)
 
 
 def _forward_for(layer: nn.Module) -> Callable[..., Tensor]:
@@ -59,27 +60,27 @@ def _forward_for(layer: nn.Module) -> Callable[..., Tensor]:
         return _llama
     if hasattr(layer, "attn") and hasattr(layer.attn, "Wqkv"):
         return _modern_bert
-    return _any
+    return _other
 
 
-def _any(layer: Any, hidden: Tensor, *args: Any, packing: Packing, **kwargs: Any) -> Tensor:
-    """The whole layer, and what is asked of it."""
+def _other(layer: Any, hidden: Tensor, *args: Any, packing: Packing, **kwargs: Any) -> Tensor:
+    """Run the whole layer and select the output positions."""
     whole: Tensor = layer(hidden, *args, packing=packing, **kwargs)
-    return whole[:, packing.asked]
+    return whole[:, packing.output_positions]
 
 
 def _bert(layer: Any, hidden: Tensor, *_: Any, packing: Packing, **__: Any) -> Tensor:
-    """BertLayer and its descendants: normalization after each half."""
+    """Run a BertLayer or a derived layer: normalization after each half."""
     attention = layer.attention.self
-    asked = hidden[:, packing.asked]
+    selected = hidden[:, packing.output_positions]
     query, key, value = (
         project(states).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
-        for project, states in ((attention.query, asked), (attention.key, hidden), (attention.value, hidden))
+        for project, states in ((attention.query, selected), (attention.key, hidden), (attention.value, hidden))
     )
     attended = packed_attention(
         attention, query, key, value, None, packing=packing, scaling=attention.scaling, one_position=True
     )[0]
-    result: Tensor = layer.feed_forward_chunk(layer.attention.output(attended.flatten(2), asked))
+    result: Tensor = layer.feed_forward_chunk(layer.attention.output(attended.flatten(2), selected))
     return result
 
 
@@ -91,9 +92,9 @@ def _llama(
     position_embeddings: tuple[Tensor, Tensor],
     **__: Any,
 ) -> Tensor:
-    """Qwen3DecoderLayer and other descendants of Llama's: normalization before each half, rotary positions."""
+    """Run a Qwen3DecoderLayer or another of Llama's family: normalization before each half, rotary positions."""
     attention = layer.self_attn
-    residual = hidden[:, packing.asked]
+    residual = hidden[:, packing.output_positions]
     hidden = layer.input_layernorm(hidden)
     cosines, sines = position_embeddings
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
@@ -103,10 +104,10 @@ def _llama(
         normed: Tensor = getattr(attention, norm, nn.Identity())(split)
         return normed.transpose(1, 2)
 
-    query = heads(attention.q_proj, "q_norm", hidden[:, packing.asked])
+    query = heads(attention.q_proj, "q_norm", hidden[:, packing.output_positions])
     key = heads(attention.k_proj, "k_norm", hidden)
     value = heads(attention.v_proj, "", hidden)
-    query, _ = rotate(query, query, cosines[:, packing.asked], sines[:, packing.asked])
+    query, _ = rotate(query, query, cosines[:, packing.output_positions], sines[:, packing.output_positions])
     key, _ = rotate(key, key, cosines, sines)
     attended = packed_attention(
         attention,
@@ -132,7 +133,7 @@ def _modern_bert(
     position_embeddings: tuple[Tensor, Tensor],
     **__: Any,
 ) -> Tensor:
-    """ModernBertEncoderLayer: queries, keys and values by one matrix, whose output is cut."""
+    """Run a ModernBertEncoderLayer: one matrix for queries, keys and values, whose output is split."""
     attention = layer.attn
     projected = attention.Wqkv(layer.attn_norm(hidden)).unflatten(-1, (3, -1, attention.head_dim))
     query, key, value = (part.transpose(1, 2) for part in projected.unbind(dim=-3))
@@ -141,7 +142,7 @@ def _modern_bert(
     query, key = rotate(query, key, cosines, sines, unsqueeze_dim=1)
     attended = packed_attention(
         attention,
-        query[:, :, packing.asked],
+        query[:, :, packing.output_positions],
         key,
         value,
         None,
@@ -150,6 +151,6 @@ def _modern_bert(
         sliding_window=attention.sliding_window,
         one_position=True,
     )[0]
-    residual = hidden[:, packing.asked] + attention.Wo(attended.flatten(2))
+    residual = hidden[:, packing.output_positions] + attention.Wo(attended.flatten(2))
     result: Tensor = residual + layer.mlp(layer.mlp_norm(residual))
     return result

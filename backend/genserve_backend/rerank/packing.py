@@ -1,4 +1,4 @@
-"""Which models run without padding, and how they are made to."""
+"""Packing support of models: which ones run without padding, and their preparation."""
 
 from __future__ import annotations
 
@@ -9,40 +9,41 @@ import torch
 from transformers import AttentionInterface
 
 from genserve_backend.rerank.attention import PACKED, packed_attention
-from genserve_backend.rerank.last_layer import OnePosition, ask_one_position
+from genserve_backend.rerank.last_layer import LastLayer, replace_last_layer
 
 _PACKABLE = frozenset(
     {"bert", "camembert", "llama", "mistral", "modernbert", "qwen2", "qwen3", "roberta", "xlm-roberta"}
 )
-"""Model types whose forward takes positions, and hands what else it is given down to the attention."""
+"""Model types whose forward accepts positions and passes further arguments on to the attention."""
 
 
 def can_pack(model: Any) -> bool:
-    """Whether a forward of `model` can take all tokens in one row."""
+    """Return whether `model` can run packed batches."""
     config = model.config
     return config.model_type in _PACKABLE and getattr(config, "classifier_pooling", "cls") == "cls"
 
 
 def prepare_packing(model: Any, *, one_position: bool) -> None:
-    """Give `model` an attention for packed rows.
+    """Replace the attention of `model` by one for packed batches.
 
     Args:
         model: One that `can_pack` accepts.
-        one_position: Whether only one position of each sequence is of interest in the end.
+        one_position: Whether the output of a sequence is made from one position. The last layer then computes only
+            that.
     """
     model.set_attn_implementation(PACKED)
     if one_position:
-        ask_one_position(model)
+        replace_last_layer(model)
 
 
 def compile_model(model: Any) -> None:
-    """Have torch.compile fuse what lies between the matrices of `model`, once for all lengths.
+    """Compile `model` with torch.compile, once for all lengths.
 
-    What looks at the packing stays as it is: it would be compiled anew for every batch.
+    Parts that look at the packing are left out: they would be compiled again for every batch.
     """
-    as_it_is: Callable[[Any], Any] = torch.compiler.disable
-    AttentionInterface.register(PACKED, as_it_is(packed_attention))
+    disable: Callable[[Any], Any] = torch.compiler.disable
+    AttentionInterface.register(PACKED, disable(packed_attention))
     for part in model.modules():
-        if isinstance(part, OnePosition):
-            part.forward = as_it_is(part.forward)  # type: ignore[method-assign]
+        if isinstance(part, LastLayer):
+            part.forward = disable(part.forward)  # type: ignore[method-assign]
     model.compile(dynamic=True)

@@ -1,84 +1,104 @@
-"""What the engine tells about its work: progress for callers, numbers for operators."""
+"""Reports of the rerank engine: progress for callers, metrics for operators."""
 
 from __future__ import annotations
 
-import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Collection, Sequence
 
 import torch
 
 from genserve_backend.devices import memory_bytes
-from genserve_backend.rerank.pool import Piece, Ranking
-from genserve_backend.worker.engine import PROGRESS_S, Emit, Pulse
-from genserve_backend.worker.messages import Beat
+from genserve_backend.rerank.metrics import (
+    BATCH_TOKENS,
+    CACHE_HITS,
+    FORWARD_SECONDS,
+    PADDING_TOKENS,
+    PAIRS,
+    PREFIX_TOKENS_SAVED,
+    QUEUE_SECONDS,
+    TOKENS,
+)
+from genserve_backend.rerank.state import BatchItem, RequestState
+from genserve_backend.worker.engine import Emit, HeartbeatTimer
+from genserve_backend.worker.messages import Heartbeat
+from genserve_backend.worker.metrics import DEVICE_MEMORY, RUNNING, WAITING, Counter
+from genserve_backend.worker.scheduling import ProgressTimer
 
 
 class Reporter:
-    """Collects what happens and passes it on now and then.
+    """Progress and metrics.
 
     Args:
-        device: Whose memory is reported.
-        emit: Where events go.
+        device: Its memory is reported.
+        emit: Receives the heartbeats.
     """
 
     def __init__(self, *, device: torch.device, emit: Emit) -> None:
         self._device = device
-        self._pulse = Pulse(emit, self._beat)
-        self._counts: Counter[str] = Counter()
-        self._forward_s = self._queue_s = 0.0
+        self._heartbeat_timer = HeartbeatTimer(emit, self._heartbeat)
+        self._progress_timer = ProgressTimer()
+        self._counts: defaultdict[Counter, float] = defaultdict(float)
         self._batch_tokens: list[int] = []
         self._running = self._waiting = 0
-        self._stalled_s = self._reported = 0.0
+        self._stalled_s = 0.0
 
-    def known(self, pairs: int) -> None:
-        """So many pairs need no forward."""
-        self._counts["cache_hits"] += pairs
+    def cached(self, documents: int) -> None:
+        """Count documents whose score was cached."""
+        self._counts[CACHE_HITS] += documents
 
-    def began(self, waited_s: float) -> None:
-        """The first forward of a request begins."""
-        self._queue_s += waited_s
+    def started(self, waited_s: float) -> None:
+        """Count the queue time of a request whose first forward starts."""
+        self._counts[QUEUE_SECONDS] += waited_s
 
-    def ran(self, pieces: Sequence[Piece], *, seconds: float, padded: bool, prefix_tokens: int) -> None:
-        """A forward of these sequences took `seconds`, the reading of so many tokens of their prefixes among them."""
-        tokens = sum(piece.length for piece in pieces)
-        width = max(piece.length for piece in pieces)
-        self._counts["pairs"] += sum(piece.sequence.document is not None for piece in pieces)
-        self._counts["tokens"] += tokens + prefix_tokens
-        shared = sum(len(piece.sequence.ids) - piece.length for piece in pieces)
-        self._counts["prefix_tokens_saved"] += max(0, shared - prefix_tokens)
-        self._counts["padding_tokens"] += width * len(pieces) - tokens if padded else 0
-        self._forward_s += seconds
-        self._batch_tokens.append(tokens)
-
-    def report(self, rankings: Collection[Ranking], *, stalled_s: float) -> None:
-        """Report progress where it is due; call it after every forward.
+    def stepped(
+        self,
+        batch: Sequence[BatchItem],
+        *,
+        seconds: float,
+        padded: bool,
+        prefix_tokens_computed: int,
+        prefix_tokens_reused: int,
+    ) -> None:
+        """Count a forward for `batch` that took `seconds`.
 
         Args:
-            rankings: All requests.
-            stalled_s: Seconds that the tokenizing thread has spent on its current slice.
+            batch: The sequences.
+            seconds: Duration of the forward.
+            padded: Whether the sequences were padded to the longest.
+            prefix_tokens_computed: See `Scorer`; only those of this forward.
+            prefix_tokens_reused: The same.
+        """
+        tokens = sum(item.length for item in batch)
+        longest = max(item.length for item in batch)
+        skipped = sum(len(item.sequence.ids) - item.length for item in batch)
+        self._counts[PAIRS] += sum(item.sequence.document is not None for item in batch)
+        self._counts[TOKENS] += tokens + prefix_tokens_computed - prefix_tokens_reused
+        self._counts[PREFIX_TOKENS_SAVED] += max(0, skipped - prefix_tokens_computed) + prefix_tokens_reused
+        self._counts[PADDING_TOKENS] += longest * len(batch) - tokens if padded else 0
+        self._counts[FORWARD_SECONDS] += seconds
+        self._batch_tokens.append(tokens)
+
+    def report(self, states: Collection[RequestState], *, stalled_s: float) -> None:
+        """Send what is due: progress and a heartbeat. Call it after every forward.
+
+        Args:
+            states: All requests in the engine.
+            stalled_s: Seconds that the tokenization thread has spent on its current slice.
         """
         self._stalled_s = stalled_s
-        self._running = sum(ranking.started is not None for ranking in rankings)
-        self._waiting = len(rankings) - self._running
-        now = time.monotonic()
-        if now - self._reported >= PROGRESS_S:
-            self._reported = now
-            for ranking in rankings:
-                if ranking.started is not None and ranking.documents_done > ranking.documents_reported:
-                    ranking.documents_reported = ranking.documents_done
-                    ranking.job.progress(ranking.documents_done, len(ranking.request.documents))
-        self._pulse.beat()
+        self._running = sum(state.has_started for state in states)
+        self._waiting = len(states) - self._running
+        if self._progress_timer.is_due():
+            for state in states:
+                if state.has_started and state.documents_done > state.documents_reported:
+                    state.documents_reported = state.documents_done
+                    state.job.progress(state.documents_done, len(state.request.documents))
+        self._heartbeat_timer.beat()
 
-    def _beat(self) -> Beat:
-        counts = {**self._counts, "forward_seconds": self._forward_s, "queue_seconds": self._queue_s}
-        sizes = tuple(self._batch_tokens)
+    def _heartbeat(self) -> Heartbeat:
+        gauges = {RUNNING: self._running, WAITING: self._waiting, DEVICE_MEMORY: memory_bytes(self._device)}
+        counts = dict(self._counts)
+        observations = {BATCH_TOKENS: tuple(self._batch_tokens)}
         self._counts.clear()
-        self._forward_s = self._queue_s = 0.0
         self._batch_tokens.clear()
-        gauges = {
-            "running": self._running,
-            "waiting": self._waiting,
-            "device_memory_bytes": memory_bytes(self._device),
-        }
-        return Beat(gauges, counts, sizes, self._stalled_s)
+        return Heartbeat(gauges, counts, observations, stalled_s=self._stalled_s)

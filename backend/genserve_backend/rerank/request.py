@@ -1,8 +1,10 @@
-"""What goes into the reranker and what comes out, in plain Python values that travel between processes."""
+"""Rerank requests and results: plain Python values that travel between processes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from genserve_backend.errors import InvalidInput
 
@@ -10,27 +12,27 @@ MAX_QUERY_CHARACTERS = 10_000
 MAX_INSTRUCTION_CHARACTERS = 10_000
 MAX_DOCUMENTS = 1_000
 MAX_DOCUMENT_CHARACTERS = 1_000_000
-MAX_WINDOWS = 64
+DEFAULT_WINDOWS, MAX_WINDOWS = 1, 64
 
 
 @dataclass(frozen=True)
 class RerankRequest:
-    """One query and the documents to score against it."""
+    """A query and the documents to score against it."""
 
     query: str
     """1 to 10,000 characters."""
     documents: tuple[str, ...]
-    """1 to 1,000 documents of at most 1,000,000 characters each; an empty one is scored like any other."""
+    """1 to 1,000 documents of at most 1,000,000 characters each. An empty document is scored like any other."""
     instruction: str | None
-    """At most 10,000 characters; None and "" stand for the model's own. Models without instructions ignore it."""
+    """At most 10,000 characters; None and "" select the model's own. Models without instructions ignore it."""
 
-    windows: int = 1
-    """Overlapping parts, 1 to 64, in which a document beyond the length limit is read at most; its score is the highest
-    of theirs. 1 cuts it at the limit."""
+    windows: int = DEFAULT_WINDOWS
+    """Most overlapping windows, 1 to 64, that a document beyond the length limit is split into. Its score is the
+    highest score of its windows. 1 truncates it at the limit."""
 
     @property
     def work(self) -> float:
-        """What it costs, in characters to read."""
+        """Estimated cost: characters to tokenize and score."""
         return sum(len(self.query) + len(document) for document in self.documents)
 
 
@@ -39,9 +41,9 @@ class RerankResult:
     """The scores of one request."""
 
     scores: list[float]
-    """Relevance in 0 to 1, one for every document, in the order of the request."""
+    """Relevance from 0 to 1, one per document, in the order of the request."""
     tokens: int
-    """Tokens that the model read for this request, special tokens included, padding not."""
+    """Tokens of this request's sequences, including special tokens and excluding padding."""
     truncated: list[int]
     """Ascending indices of the documents that were cut to the length limit."""
     queue_s: float
@@ -50,23 +52,31 @@ class RerankResult:
     """Seconds from its arrival at the instance to its answer."""
 
 
-def validate(request: RerankRequest) -> None:
-    """Check a request against the limits.
+def parse(values: Mapping[str, Any]) -> RerankRequest:
+    """Check one row of tensors and return its request.
+
+    Args:
+        values: Tensor name to str, int or list of str; missing ones get their default.
 
     Raises:
-        InvalidInput: Something is too short, too long or too many; the message names the tensor and its size.
+        InvalidInput: A value is out of range; the message names the tensor, the value and what is allowed.
     """
-    _check_length("QUERY", request.query, at_least=1, at_most=MAX_QUERY_CHARACTERS)
-    count = len(request.documents)
-    if not 1 <= count <= MAX_DOCUMENTS:
-        raise InvalidInput.of("DOCUMENTS", f"{count:,} documents", f"1 to {MAX_DOCUMENTS:,} documents")
-    for index, document in enumerate(request.documents):
-        _check_length(f"DOCUMENTS[{index}]", document, at_least=0, at_most=MAX_DOCUMENT_CHARACTERS)
-    if not 1 <= request.windows <= MAX_WINDOWS:
-        raise InvalidInput.of("WINDOWS", request.windows, f"1 to {MAX_WINDOWS}")
-    _check_length("INSTRUCTION", request.instruction or "", at_least=0, at_most=MAX_INSTRUCTION_CHARACTERS)
+    query = _text("QUERY", values.get("QUERY", ""), minimum=1, maximum=MAX_QUERY_CHARACTERS)
+    texts = values.get("DOCUMENTS", ())
+    if not 1 <= len(texts) <= MAX_DOCUMENTS:
+        raise InvalidInput.of("DOCUMENTS", f"{len(texts):,} documents", f"1 to {MAX_DOCUMENTS:,} documents")
+    documents = tuple(
+        _text(f"DOCUMENTS[{index}]", text, minimum=0, maximum=MAX_DOCUMENT_CHARACTERS)
+        for index, text in enumerate(texts)
+    )
+    windows = values.get("WINDOWS", DEFAULT_WINDOWS)
+    if not 1 <= windows <= MAX_WINDOWS:
+        raise InvalidInput.of("WINDOWS", windows, f"1 to {MAX_WINDOWS}")
+    instruction = _text("INSTRUCTION", values.get("INSTRUCTION", ""), minimum=0, maximum=MAX_INSTRUCTION_CHARACTERS)
+    return RerankRequest(query, documents, instruction or None, windows)
 
 
-def _check_length(tensor: str, text: str, *, at_least: int, at_most: int) -> None:
-    if not at_least <= len(text) <= at_most:
-        raise InvalidInput.of(tensor, f"{len(text):,} characters long", f"{at_least} to {at_most:,} characters")
+def _text(tensor: str, value: str, *, minimum: int, maximum: int) -> str:
+    if not minimum <= len(value) <= maximum:
+        raise InvalidInput.of(tensor, f"{len(value):,} characters long", f"{minimum} to {maximum:,} characters")
+    return value

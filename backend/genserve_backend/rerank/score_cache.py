@@ -1,4 +1,4 @@
-"""Scores that are known from earlier requests."""
+"""A cache of scores from earlier requests."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from cachetools import LRUCache
 from genserve_backend.rerank.request import RerankRequest
 
 BYTES_PER_SCORE = 360
-"""What an entry takes in memory: key, score and the cache's own links (measured, rounded up)."""
+"""Memory of an entry: its key, its score and the cache's own links (measured, rounded up)."""
 _KEY_BYTES = 16
 
 
 class Score(NamedTuple):
-    """What is known of a document."""
+    """The score of a document."""
 
     value: float
     truncated: bool
-    """Whether it was cut to the length limit."""
+    """True if the document was cut to the length limit."""
 
 
 class ScoreCache:
-    """The last scores, by a hash of everything that they depend on. Any thread may ask.
+    """Scores by a hash of everything that they depend on. Thread-safe.
 
     Args:
-        max_bytes: Memory for them, at most; the least recently used go first. 0 keeps none.
+        max_bytes: Most memory for the scores; the least recently used are evicted first. 0 disables the cache.
     """
 
     def __init__(self, *, max_bytes: int) -> None:
@@ -36,7 +36,7 @@ class ScoreCache:
         self._lock = Lock()
 
     def keys(self, request: RerankRequest) -> list[bytes]:
-        """A key for each document; none where nothing is kept."""
+        """Return a key for each document; none if the cache is disabled."""
         if not self._scores.maxsize:
             return []
         start = _hash((str(request.windows), request.instruction or "", request.query))
@@ -48,12 +48,12 @@ class ScoreCache:
         return keys
 
     def get(self, keys: Iterable[bytes]) -> dict[int, Score]:
-        """The scores that are known, by the number of the key."""
+        """Return the cached scores, by the position of their key."""
         with self._lock:
-            return {number: score for number, key in enumerate(keys) if (score := self._scores.get(key)) is not None}
+            return {index: score for index, key in enumerate(keys) if (score := self._scores.get(key)) is not None}
 
     def put(self, scores: Iterable[tuple[bytes, Score]]) -> None:
-        """Keep scores."""
+        """Store scores by their keys."""
         with self._lock:
             self._scores.update(scores)
 
@@ -62,7 +62,7 @@ class ScoreCache:
 
 
 def _hash(texts: Iterable[str]) -> hashlib.blake2b:
-    """A hash that has taken in `texts`, each with its length: no other texts give the same."""
+    """Return a hash over `texts`, each preceded by its length so that no other texts have the same."""
     state = hashlib.blake2b(digest_size=_KEY_BYTES)
     for text in texts:
         encoded = text.encode()

@@ -1,6 +1,6 @@
-"""Attention over packed sequences in one kernel: FlashAttention for sequences of any lengths, as torch has it for GPUs.
+"""Attention over packed sequences in one kernel: torch's FlashAttention for sequences of varying length, on GPUs.
 
-Elsewhere `attention` goes through the sequences one by one, which costs a GPU a launch for each of them in each layer.
+Without it, `attention` falls back to one call per sequence, which costs a GPU one kernel launch per sequence and layer.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from genserve_backend.logs import log
 varlen_attn: Any
 try:
     from torch.nn.attention.varlen import varlen_attn
-except ImportError:  # an older torch
+except ImportError:  # older torch
     varlen_attn = None
 
 DTYPES = (torch.bfloat16, torch.float16)
-"""The arithmetic that FlashAttention takes."""
+"""Dtypes that FlashAttention supports."""
 _MAX_HEAD = 256
-"""The widest head that FlashAttention takes."""
+"""The widest head that FlashAttention supports."""
 _PROBE_TOLERANCE = 0.05
-"""Largest difference from float32 in the probe, whose values are about 1: bfloat16 has 8 bits."""
+"""Largest accepted difference from float32 in the probe, whose values are about 1; bfloat16 has 8 bits."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Offsets:
-    """Where each packed sequence begins and ends.
+    """The boundaries of packed sequences.
 
     Attributes:
         tensor: int32 ``[sequences + 1]`` on the device, from 0 to the number of tokens.
@@ -49,12 +49,12 @@ class Offsets:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A way to call ``varlen_attn`` that works here.
+    """A way to call ``varlen_attn`` that works with this torch.
 
     Attributes:
-        options: Names of the optional arguments to pass: torch 2.11 has neither ``enable_gqa`` nor ``num_splits``, and
-            2.12 takes the latter in Python but not in its FlashAttention-2 build.
-        repeat_heads: Whether to repeat grouped keys and values, one copy for each head of the query.
+        options: Names of the optional arguments to pass. torch 2.11 has neither ``enable_gqa`` nor ``num_splits``;
+            2.12 accepts the latter in Python but not in its FlashAttention-2 build.
+        repeat_heads: Whether to repeat grouped keys and values, one copy per query head.
     """
 
     options: frozenset[str]
@@ -62,7 +62,7 @@ class Kernel:
 
 
 def serves(query: Tensor) -> bool:
-    """Whether `query`, ``[1, heads, tokens, head]``, can be attended to here: half precision, on a GPU."""
+    """Return whether the kernel supports `query`, ``[1, heads, tokens, head]``: half precision, on a GPU."""
     return (
         query.is_cuda
         and query.dtype in DTYPES
@@ -74,7 +74,7 @@ def serves(query: Tensor) -> bool:
 
 @lru_cache
 def find_kernel(device: torch.device, dtype: torch.dtype) -> Kernel | None:
-    """Try the kernel on a small input, and return how it has to be called; None, with a warning, where it fails."""
+    """Try the kernel on a small input and return the way to call it; None, with a warning, if it fails."""
     reasons = []
     for kernel in _candidates():
         try:
@@ -88,7 +88,7 @@ def find_kernel(device: torch.device, dtype: torch.dtype) -> Kernel | None:
     log(
         logger,
         logging.WARNING,
-        "attention falls back to one call a sequence",
+        "attention falls back to one call per sequence",
         torch=torch.__version__,
         reason=reasons[-1] if reasons else "this torch has no varlen_attn",
     )
@@ -106,24 +106,24 @@ def attend(
     window: int | None,
     scaling: float | None,
 ) -> Tensor:
-    """Attend each sequence's queries to its own keys; where they are fewer, they are the last of them.
+    """Compute attention of each sequence's queries over its own keys; fewer queries are its last tokens.
 
     Args:
         query: ``[1, heads, queries, head]``, the sequences one after another.
         key: ``[1, heads, keys, head]``; may have fewer heads.
         value: The same.
-        query_offsets: Of the sequences among the queries.
-        key_offsets: Of the sequences among the keys, what they continue included.
-        causal: Whether a token looks only at itself and those before it.
-        window: How far a token sees to both sides, its own position counted in; None for everything.
-        scaling: Of the scores; by default one over the root of the head's width.
+        query_offsets: Offsets of the sequences among the queries.
+        key_offsets: Offsets of the sequences among the keys, including their prefixes.
+        causal: Whether a token attends only to itself and earlier tokens.
+        window: Distance to both sides that a token attends to, counting its own position; None for no limit.
+        scaling: Scale of the scores; by default one over the square root of the head width.
 
     Returns:
         ``[1, queries, heads, head]``.
     """
     kernel = find_kernel(query.device, query.dtype)
     if kernel is None:
-        raise RuntimeError("no kernel for packed attention here")
+        raise RuntimeError("no kernel for packed attention")
     return _call(
         kernel,
         query,
@@ -152,9 +152,9 @@ def _call(
     groups = query.shape[1] // key.shape[1]
     if kernel.repeat_heads and groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    # With several splits a score would depend on what else is in the batch.
+    # With several splits a score would depend on the rest of the batch.
     options = {"enable_gqa": groups > 1, "num_splits": 1}
-    reach = -1 if window is None else window - 1
+    distance = -1 if window is None else window - 1
     attended: Tensor = varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
@@ -164,25 +164,25 @@ def _call(
         query_offsets.longest,
         key_offsets.longest,
         scale=scaling,
-        window_size=(reach, 0 if causal else reach),
+        window_size=(distance, 0 if causal else distance),
         **{name: options[name] for name in kernel.options},
     )
     return attended[None]
 
 
 def _candidates() -> Iterator[Kernel]:
-    """Yield ways to call the kernel, the best first."""
+    """Yield the ways to call the kernel, the best first."""
     if varlen_attn is None:
         return
-    known = inspect.signature(varlen_attn).parameters.keys() & {"enable_gqa", "num_splits"}
-    yield Kernel(frozenset(known))
-    if "num_splits" in known:
-        yield Kernel(frozenset(known - {"num_splits"}))
+    supported = inspect.signature(varlen_attn).parameters.keys() & {"enable_gqa", "num_splits"}
+    yield Kernel(frozenset(supported))
+    if "num_splits" in supported:
+        yield Kernel(frozenset(supported - {"num_splits"}))
     yield Kernel(frozenset(), repeat_heads=True)
 
 
 def _probe(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> float:
-    """Return the greatest difference from float32 for grouped heads, fewer queries than keys, and a window."""
+    """Return the largest difference from float32, for grouped heads, fewer queries than keys, and a window."""
     lengths = ((3, 9), (5, 5), (1, 4))
     draw = torch.Generator("cpu").manual_seed(0)
     query, key, value = (
@@ -205,8 +205,8 @@ def _probe(kernel: Kernel, device: torch.device, dtype: torch.dtype) -> float:
         ).transpose(1, 2)
         first_query = first_key = 0
         for queries, keys in lengths:
-            rows = torch.arange(keys - queries, keys, device=device)[:, None]
-            distance = rows - torch.arange(keys, device=device)
+            positions = torch.arange(keys - queries, keys, device=device)[:, None]
+            distance = positions - torch.arange(keys, device=device)
             mask = (distance >= 0) | (not causal)
             mask &= distance.abs() < (window or keys)
             expected = functional.scaled_dot_product_attention(

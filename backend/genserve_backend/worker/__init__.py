@@ -1,1 +1,1 @@
-"""The worker process of an instance, and the supervisor that watches it."""
+"""The worker process of an instance, and its supervisor."""

@@ -1,114 +1,128 @@
-"""What a worker process runs is an engine; this is what all of them have in common."""
+"""Common parts of the engines that a worker process runs: the protocol, jobs, the inbox and the heartbeat."""
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from genserve_backend.errors import Cancelled, DeadlineExceeded, RequestError, ServerError
-from genserve_backend.worker.messages import Beat, Event, Progress, Submit
+from genserve_backend.worker.messages import Done, Event, Failed, Heartbeat, Progress, Submit
 
-BEAT_S = 1.0
-"""Seconds between two signs of life."""
-PROGRESS_S = 0.1
-"""Seconds between two reports of a request's progress, at least."""
+HEARTBEAT_S = 1.0
+"""Minimum interval between two heartbeats, in seconds."""
 
 Emit = Callable[[Event], None]
 Message = TypeVar("Message")
-
-logger = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
     """A loaded model that works on requests.
 
-    ``submit`` and ``cancel`` are called by the thread that listens to the instance, ``run`` by the main thread, which
-    owns the device. Every job ends with one Done or Failed. Grants say when the instance may fetch from Triton's queue,
-    not how much: a batch of Triton's may hold more requests than were granted, and those that a dead worker left come
-    without a grant. The engine emits a Beat every `BEAT_S` seconds as long as it gets on.
+    The thread that listens to the instance calls ``submit`` and ``cancel``. The main thread owns the device and calls
+    ``run``. Every job ends with exactly one Done or Failed. While the engine makes progress, it emits a Heartbeat every
+    `HEARTBEAT_S` seconds.
+
+    A Grant lets the instance fetch requests from Triton's queue, but does not limit their number: a Triton batch may
+    hold more requests than were granted, and requests that survive a dead worker arrive without a grant.
     """
 
     def submit(self, submit: Submit) -> None:
-        """Take a job."""
+        """Accept a job."""
 
     def cancel(self, job_id: int) -> None:
-        """Stop working on a job. One that is unknown or done is left alone."""
+        """Stop working on a job. Ignore one that is unknown or done."""
 
     def run(self) -> None:
         """Work until the process ends."""
 
 
 class Inbox(Generic[Message]):
-    """What other threads have to say to the one that owns the device."""
+    """Messages from other threads to the one that owns the device."""
 
     def __init__(self) -> None:
         self._messages: SimpleQueue[Message] = SimpleQueue()
 
     def put(self, message: Message) -> None:
-        """Say something; from any thread."""
+        """Add a message; callable from any thread."""
         self._messages.put(message)
 
-    def take(self, *, wait: bool) -> Iterator[Message]:
-        """The messages that came; `wait` a little for the first one."""
+    def receive(self, *, wait: bool) -> Iterator[Message]:
+        """Yield the queued messages. With `wait`, block for up to `HEARTBEAT_S` until the first one arrives."""
         try:
-            yield self._messages.get(timeout=BEAT_S) if wait else self._messages.get_nowait()
+            yield self._messages.get(timeout=HEARTBEAT_S) if wait else self._messages.get_nowait()
             while True:
                 yield self._messages.get_nowait()
         except Empty:
             return
 
 
-class Pulse:
-    """Says at most once in `BEAT_S` that the engine gets on.
+class HeartbeatTimer:
+    """Heartbeats at intervals of at least `HEARTBEAT_S`.
 
     Args:
-        emit: Where beats go.
-        take: Makes the next beat.
+        emit: Receives the heartbeats.
+        make: Creates the next heartbeat.
     """
 
-    def __init__(self, emit: Emit, take: Callable[[], Beat] = Beat) -> None:
+    def __init__(self, emit: Emit, make: Callable[[], Heartbeat] = Heartbeat) -> None:
         self._emit = emit
-        self._take = take
+        self._make = make
         self._last = 0.0
 
     def beat(self) -> None:
-        """Cheap: call it wherever the engine gets on."""
+        """Emit a heartbeat if one is due. Cheap: call it wherever the engine makes progress."""
         now = time.monotonic()
-        if now - self._last >= BEAT_S:
+        if now - self._last >= HEARTBEAT_S:
             self._last = now
-            self._emit(self._take())
+            self._emit(self._make())
 
 
-@dataclass
 class Job:
-    """A request inside the worker, and how its engine talks back while it works."""
+    """A submitted request, and the events that its engine reports about it.
 
-    submit: Submit
-    emit: Emit
-    cancelled: bool = False
+    Args:
+        submit: The instance's message.
+        emit: Receives the events.
+    """
 
-    @property
-    def arrived(self) -> float:
+    def __init__(self, submit: Submit, emit: Emit) -> None:
+        self.id = submit.job_id
+        self.task_id = submit.task_id
+        self.request: Any = submit.request
+        self.level = submit.level
+        self.arrived = submit.arrived
         """Arrival at the instance, on the clock of time.monotonic()."""
-        return self.submit.arrived
+        self._deadline = submit.deadline
+        self._emit = emit
+        self._cancelled = False
 
-    def end(self) -> RequestError | None:
-        """Cancelled or DeadlineExceeded when the job should not go on. Cheap: look at every step."""
-        if self.cancelled:
+    def cancel(self) -> None:
+        """Mark the job as cancelled; `stop_reason` reports it."""
+        self._cancelled = True
+
+    def stop_reason(self) -> RequestError | None:
+        """Return Cancelled or DeadlineExceeded if work on the job should stop. Cheap: check at every step."""
+        if self._cancelled:
             return Cancelled("the request was cancelled")
-        if time.monotonic() > self.submit.deadline:
+        if time.monotonic() > self._deadline:
             return DeadlineExceeded("the request ran past its deadline")
         return None
 
     def progress(self, step: int, steps: int, preview: bytes = b"") -> None:
         """Report that `step` of `steps` is done."""
-        self.emit(Progress(self.submit.job, step, steps, preview))
+        self._emit(Progress(self.id, step, steps, preview))
+
+    def done(self, result: Any) -> None:
+        """End the job with a result."""
+        self._emit(Done(self.id, result))
+
+    def fail(self, error: RequestError) -> None:
+        """End the job with an error."""
+        self._emit(Failed(self.id, error))
 
 
 def defect(error: Exception) -> ServerError:
-    """What a caller hears of an error that is none of a request's kinds."""
+    """Return the ServerError that a caller gets for an unexpected exception. Its message exposes only the type."""
     return ServerError(f"{type(error).__name__} in the engine; see the server's log")

@@ -1,4 +1,4 @@
-"""Keeps the failure of one item of a batch from the others."""
+"""Isolation of failing items in a batch."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from genserve_backend.worker.engine import defect
 logger = logging.getLogger(__name__)
 
 CUDA_ERROR_MEMORY_ALLOCATION = 2
-"""cudaErrorMemoryAllocation of cudaError_t, which torch.AcceleratorError carries."""
+"""cudaErrorMemoryAllocation of cudaError_t, the code that torch.AcceleratorError carries."""
 ALLOCATION_FAILED = re.compile(r"CUDA error: out of memory|CU(BLAS|DNN)_STATUS_\w*ALLOC\w*FAILED")
-"""A failed allocation of CUDA's libraries, which torch raises as a plain RuntimeError."""
+"""A failed allocation in CUDA's libraries, which torch raises as a plain RuntimeError."""
 
 Item = TypeVar("Item", bound=Hashable)
 Result = TypeVar("Result")
 
 
 class DeviceLost(Exception):
-    """The device refuses all further work in this process; only a new worker helps."""
+    """The device accepts no further work in this process; only a new worker helps."""
 
 
 def isolate(
     work: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Item], *, name: Callable[[Item], str]
 ) -> tuple[dict[Item, Result], dict[Item, RequestError]]:
-    """Do `work` on a batch; if that fails, on its halves, and so on down to the items that fail alone.
+    """Run `work` on a batch; if it fails, on its halves, and so on down to the items that fail alone.
 
     Args:
-        work: Gives one result for each item, in order, and changes nothing if it raises.
+        work: Returns one result per item, in order, and has no effect if it raises.
         items: The batch.
-        name: Names an item in its error.
+        name: Describes an item in its error.
 
     Returns:
-        The results, and the errors of the items that have none: OutOfMemory for one that does not fit into the
+        The results, and the errors of the items without one: OutOfMemory for an item that does not fit into the
         device's memory alone, ServerError for anything else.
 
     Raises:
@@ -48,11 +48,11 @@ def isolate(
     failure = _try(work, items)
     if not isinstance(failure, Exception):
         return dict(zip(items, failure, strict=True)), {}
-    # Outside of the except clause: while an exception is handled, so are the tensors in its frames kept.
+    # Outside the except clause, because an exception that is being handled keeps the tensors in its frames alive.
     out_of_memory = is_out_of_memory(failure)
     log(logger, logging.WARNING, "batch failed", items=len(items), error=type(failure).__name__)
     if out_of_memory and torch.cuda.is_available():
-        torch.cuda.empty_cache()  # what the failed batch left is in pieces of the wrong size for its halves
+        torch.cuda.empty_cache()  # cached blocks have the wrong sizes for the halves
     if len(items) > 1:
         middle = (len(items) + 1) // 2
         done, failed = isolate(work, items[:middle], name=name)
@@ -65,7 +65,7 @@ def isolate(
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that the device's memory is full, in torch's words, CUDA's or its libraries'."""
+    """Return whether an error of torch, CUDA or its libraries means that the device's memory is full."""
     if isinstance(error, torch.OutOfMemoryError) or getattr(error, "error_code", None) == CUDA_ERROR_MEMORY_ALLOCATION:
         return True
     return isinstance(error, RuntimeError) and ALLOCATION_FAILED.search(str(error)) is not None
@@ -81,5 +81,5 @@ def _try(work: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Ite
             raise DeviceLost(str(error)) from None
         return error.with_traceback(None)
     except Exception as error:
-        # The traceback's frames hold the batch's tensors: it is kept for the item that fails alone.
+        # The traceback's frames keep the batch's tensors alive. Only an item that fails alone needs it, for the log.
         return error if len(items) == 1 and not is_out_of_memory(error) else error.with_traceback(None)

@@ -1,4 +1,4 @@
-"""One worker process as its instance sees it: started, spoken to, heard, ended."""
+"""Link to one worker process: start, messages in both directions, end."""
 
 from __future__ import annotations
 
@@ -18,39 +18,38 @@ from genserve_backend.worker.messages import Cancel, Event, Start, Submit
 from genserve_backend.worker.threads import start_thread
 
 WORKER_PATH_ENV = "GENSERVE_WORKER_PYTHONPATH"
-"""Where workers import from, where that is not what Triton's stub imports from."""
+"""Import path of workers, if it differs from that of Triton's stub."""
 
 SPIN_COUNT = "1000"
-"""How long torch's CPU threads (GNU OpenMP) wait for each other by spinning before they sleep.
+"""Spins of torch's CPU threads (GNU OpenMP) on a lock before they sleep.
 
-Two workers that spin on the same cores keep each other from the work they wait for. The demo's FLUX, 20 steps at 128
-pixels on two cores, OpenMP's default against this: 0.28 s and 0.29 s alone, 1.2 to 1.7 s and 0.56 s beside another.
+Two workers that spin on the same cores block each other. The demo's FLUX, 20 steps at 128 pixels on two cores, with
+OpenMP's default and with this value: 0.28 s and 0.29 s alone, 1.2 to 1.7 s and 0.56 s alongside another worker.
 """
 
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(256 * 2**20)}
-"""Has glibc's malloc keep what a forward frees for the next one, instead of giving it back to the system.
+"""glibc malloc settings that keep freed memory for the next forward instead of returning it to the system.
 
-Each tensor of some megabytes would otherwise be new pages, which the system clears: a quarter of the time of the
-demo's FLUX, batch of 8. 32 MiB is the most that glibc takes.
+Otherwise each tensor of some megabytes gets new pages, which the system clears: a quarter of the time of the demo's
+FLUX with a batch of 8. 32 MiB is the maximum that glibc accepts.
 """
 
-
 ALLOCATOR_ENVS = frozenset({"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"})
-"""The setting of torch's allocators, by its name and by the older one."""
+"""Current and older name of the setting of torch's allocators."""
 GPU_ALLOCATOR = "expandable_segments:True"
-"""Keeps batches of ever other sizes from leaving a GPU's memory in pieces that fit none of them."""
+"""Allocator setting that prevents fragmentation of GPU memory by batches of changing sizes."""
 
 logger = logging.getLogger(__name__)
 
 
 class WorkerGone(Exception):
-    """The worker has died, or closed its end."""
+    """The worker has died, or closed its end of the socket."""
 
 
 class WorkerLink:
     """A running worker process and the socket to it.
 
-    One thread writes and one reads, so neither `send` nor `receive` waits for a worker that stops in the middle of a
+    One thread writes and one reads, so neither `send` nor `receive` blocks on a worker that stops in the middle of a
     message.
     """
 
@@ -79,14 +78,14 @@ class WorkerLink:
         return self._process.pid
 
     def send(self, message: Start | Submit | Cancel) -> None:
-        """Queue a message. If the worker dies before it arrives, `receive` is what tells."""
+        """Queue a message. If the worker dies before it arrives, `receive` raises."""
         self._outbox.put(message)
 
     def receive(self, timeout: float) -> Event | None:
-        """The worker's next event, or None when there is none within `timeout` seconds.
+        """Return the worker's next event, or None if there is none within `timeout` seconds.
 
         Raises:
-            WorkerGone: There will never be another one.
+            WorkerGone: There will be no more events.
         """
         try:
             event = self._inbox.get(timeout=timeout)
@@ -99,7 +98,7 @@ class WorkerLink:
 
     @property
     def is_stopped(self) -> bool:
-        """Whether the worker has been stopped by a signal."""
+        """True while the worker is stopped by a signal."""
         try:
             state = Path(f"/proc/{self.pid}/stat").read_text(encoding="ascii", errors="replace")
         except OSError:
@@ -107,11 +106,11 @@ class WorkerLink:
         return state.rpartition(")")[2].split()[0] == "T"  # proc(5)
 
     def end(self) -> str:
-        """Kill the worker if it still runs, and return how it ended."""
+        """Kill the worker if it still runs, and return the reason of its end."""
         self._process.kill()
         code = self._process.wait()
         self._outbox.put(None)
-        # Not merely closed: a child of the worker may hold the other end open.
+        # Shutdown, not only close: a child of the worker may hold the other end open.
         self._socket.shutdown(socket.SHUT_RDWR)
         for thread in self._threads:
             thread.join()
@@ -126,7 +125,7 @@ class WorkerLink:
         except (EOFError, OSError):
             pass
         except Exception:
-            logger.exception("message from the worker not understood", extra={"fields": {"worker": self.pid}})
+            logger.exception("invalid message from the worker", extra={"fields": {"worker": self.pid}})
         finally:
             self._inbox.put(None)
 
@@ -139,20 +138,20 @@ class WorkerLink:
 
 
 def exit_reason(code: int) -> str:
-    """Return how a process ended, from subprocess's return code."""
+    """Return a description of the end of a process, from subprocess's return code."""
     if code >= 0:
         return f"exit code {code}"
     try:
         return f"signal {signal.Signals(-code).name}"
-    except ValueError:  # the real-time signals between the first and the last have no names
+    except ValueError:  # real-time signals between the first and the last have no names
         return f"signal {-code}"
 
 
 def python_executable() -> str:
-    """Return the interpreter for the worker: the running one, which inside Triton's stub is found by PATH.
+    """Return the interpreter for the worker: the running one. Inside Triton's stub it is found on PATH.
 
     Raises:
-        FileNotFoundError: There is none.
+        FileNotFoundError: There is no interpreter.
     """
     versioned = f"python{sys.version_info.major}.{sys.version_info.minor}"
     candidates = [sys.executable, shutil.which(versioned), shutil.which("python3")]
@@ -163,14 +162,14 @@ def python_executable() -> str:
 
 
 def worker_environment() -> dict[str, str]:
-    """This process's environment, with the import path made explicit: an embedded interpreter may have its own.
+    """Return this process's environment with an explicit import path: an embedded interpreter may have its own.
 
-    The current folder stays off that path, and no model hub is ever asked: a checkpoint is a local folder.
+    The current folder stays off that path. Model hubs are offline: a checkpoint is a local folder.
     """
     path = os.environ.get(WORKER_PATH_ENV) or os.pathsep.join(entry for entry in sys.path if entry)
     threads = {} if "OMP_WAIT_POLICY" in os.environ else {"GOMP_SPINCOUNT": SPIN_COUNT}
     allocator = {} if ALLOCATOR_ENVS & os.environ.keys() else {min(ALLOCATOR_ENVS): GPU_ALLOCATOR}
-    quiet = {"TRANSFORMERS_VERBOSITY": "error"}  # or each start warns of image processors that are not used
+    quiet = {"TRANSFORMERS_VERBOSITY": "error"}  # avoids warnings about unused image processors
     return {
         **quiet,
         **threads,

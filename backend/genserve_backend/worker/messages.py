@@ -1,27 +1,29 @@
-"""What an instance and its worker process say to each other, over one private socket pair.
+"""Messages between an instance and its worker process, over one private socket pair.
 
-Both ends are the same code on the same machine and the socket is inherited, never named: pickling is safe here,
-and nothing that a client sent is unpickled (a request travels as plain strings and numbers).
+Both ends run the same code on the same machine, and the socket is inherited, never named: pickling is safe. Nothing
+that a client sent is unpickled; a request travels as plain strings and numbers.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from genserve_backend.errors import RequestError
 from genserve_backend.settings import ModelSettings
+from genserve_backend.worker.metrics import Counter, Gauge, Histogram
 
 LEVELS = (1, 2, 3)
+"""Priority levels, numbered as in Triton: 1 is the most urgent."""
 DEFAULT_LEVEL = 2
-"""Priority levels as Triton counts them, and the one that a request has which names none."""
+"""Priority level of a request that names none."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """First word to a worker: which engine to build, with what, and where."""
+    """First message to a worker: the engine to build, its settings and its device."""
 
     engine: str
     """``package.module:factory``; the factory takes (settings, device, emit) and returns a `worker.engine.Engine`."""
@@ -32,24 +34,24 @@ class Start:
 
 @dataclass(frozen=True)
 class Submit:
-    """Run `request`."""
+    """A request to run."""
 
-    job: int
+    job_id: int
     task_id: str
     request: Any
     deadline: float
     """On the clock of time.monotonic(), which all processes of a machine share on Linux."""
     level: int = DEFAULT_LEVEL
-    """Triton's priority level: 1 is the most urgent."""
+    """Priority level, see `LEVELS`."""
     arrived: float = field(default_factory=time.monotonic)
     """Arrival at the instance, on the same clock as `deadline`; a request that runs again keeps it."""
 
 
 @dataclass(frozen=True)
 class Cancel:
-    """Stop working on a job; it is still answered, with Failed(Cancelled)."""
+    """A job to stop; the worker still answers it, with Failed(Cancelled)."""
 
-    job: int
+    job_id: int
 
 
 @dataclass(frozen=True)
@@ -66,41 +68,41 @@ class NotReady:
 
 @dataclass(frozen=True)
 class Grant:
-    """The engine can take so many requests more than it has been given and has asked for already."""
+    """The engine can accept `count` more requests."""
 
     count: int
 
 
 @dataclass(frozen=True)
-class Beat:
-    """The thread that owns the device gets on; with it goes what an operator wants to count."""
+class Heartbeat:
+    """Sign of life from the thread that owns the device, with the metrics since the last one."""
 
-    gauges: Mapping[str, float] = field(default_factory=dict)
-    """Values as they are now, by metric name."""
-    counts: Mapping[str, float] = field(default_factory=dict)
-    """What has been added since the last beat, by metric name."""
-    batch_sizes: tuple[int, ...] = ()
-    """Of the forwards since the last beat."""
+    gauges: Mapping[Gauge, float] = field(default_factory=dict)
+    """Current values."""
+    counts: Mapping[Counter, float] = field(default_factory=dict)
+    """Increments since the last heartbeat."""
+    observations: Mapping[Histogram, Sequence[float]] = field(default_factory=dict)
+    """Observations since the last heartbeat."""
     stalled_s: float = 0.0
-    """Seconds that a thread beside that one has spent on one piece of work."""
+    """Seconds that a helper thread has spent on its current piece of work."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A job is at `step` of `steps`."""
+    """A job has done `step` of `steps`."""
 
-    job: int
+    job_id: int
     step: int
     steps: int
     preview: bytes = b""
-    """A small JPEG of the image so far, or nothing."""
+    """A small JPEG of the unfinished image, or empty."""
 
 
 @dataclass(frozen=True)
 class Done:
     """A job's result."""
 
-    job: int
+    job_id: int
     result: Any
 
 
@@ -108,8 +110,8 @@ class Done:
 class Failed:
     """A job's error."""
 
-    job: int
+    job_id: int
     error: RequestError
 
 
-Event = Ready | NotReady | Grant | Beat | Progress | Done | Failed
+Event = Ready | NotReady | Grant | Heartbeat | Progress | Done | Failed

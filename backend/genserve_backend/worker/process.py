@@ -1,6 +1,6 @@
 """The worker process: ``python -m genserve_backend.worker.process FD PARENT_PID``.
 
-It owns one device and one loaded model. It ends when its instance goes away, in whatever way that happens.
+It owns one device and one loaded model. It ends when its instance ends, for whatever reason.
 """
 
 from __future__ import annotations
@@ -29,34 +29,34 @@ logger = logging.getLogger(__name__)
 
 
 def die_with_parent(parent_pid: int) -> None:
-    """Have the kernel kill this process when the thread that started it ends; even a stopped process obeys.
+    """Let the kernel kill this process when the thread that started it ends.
 
-    The end of the socket says the same, but only to a process that still reads it.
+    This works even for a stopped process, which does not notice the end of the socket.
     """
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:
         os._exit(0)
 
 
-def keep_gpus(start: Start) -> str:
-    """Hide all GPUs but those of this worker, and return its device's name among them.
+def hide_other_gpus(start: Start) -> str:
+    """Hide the GPUs of other workers, and return the name of this worker's device among the visible ones.
 
-    No thread of it, nor a library, then ends up on another worker's GPU. CUDA reads the variable once, when it starts.
+    No thread or library can then use another worker's GPU by mistake. CUDA reads the variable once, at its start.
     """
     gpus = start.settings.gpus(start.device)
     if not gpus:
         return start.device
-    seen = [name for name in os.environ.get(VISIBLE_GPUS_ENV, "").split(",") if name]
-    if seen and max(gpus) >= len(seen):
+    visible = [name for name in os.environ.get(VISIBLE_GPUS_ENV, "").split(",") if name]
+    if visible and max(gpus) >= len(visible):
         raise SettingsError(f"no GPU {max(gpus)} in {VISIBLE_GPUS_ENV}={os.environ[VISIBLE_GPUS_ENV]}")
-    os.environ[VISIBLE_GPUS_ENV] = ",".join(seen[gpu] if seen else str(gpu) for gpu in gpus)
+    os.environ[VISIBLE_GPUS_ENV] = ",".join(visible[gpu] if visible else str(gpu) for gpu in gpus)
     return "cuda:0"
 
 
 def load_engine(start: Start, emit: Emit) -> Engine:
-    """Import torch, set the process up for its device, and load the model."""
-    device = keep_gpus(start)
-    import torch  # here and not above: a worker whose start message is wrong should say so at once
+    """Import torch, set up the process for its device, and load the model."""
+    device = hide_other_gpus(start)
+    import torch  # here: an invalid start message is reported at once
 
     if start.settings.threads:
         torch.set_num_threads(start.settings.threads)
@@ -68,9 +68,9 @@ def load_engine(start: Start, emit: Emit) -> Engine:
 
 
 def main(fd: int, parent_pid: int) -> None:
-    """Load the model, say so, and work."""
+    """Load the model, report that it is ready, and work."""
     die_with_parent(parent_pid)
-    # Ctrl-C reaches the whole process group; the end of this process is its instance's decision.
+    # Ctrl-C reaches the whole process group, but the instance decides when this process ends.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logs.configure()
     connection = Connection(fd)
@@ -99,9 +99,9 @@ def main(fd: int, parent_pid: int) -> None:
                 if isinstance(message, Submit):
                     engine.submit(message)
                 elif isinstance(message, Cancel):
-                    engine.cancel(message.job)
+                    engine.cancel(message.job_id)
         except (EOFError, OSError):
-            os._exit(0)  # the instance is gone: whatever is running has nobody to answer to
+            os._exit(0)  # the instance is gone: nobody is left to answer
 
     start_thread(listen, name="listen")
     emit(Ready())

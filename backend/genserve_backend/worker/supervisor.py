@@ -1,7 +1,7 @@
-"""Gives an instance's worker its requests, and replaces it when it dies or gives no sign of life.
+"""Supervisor of an instance's worker: passes on requests, and replaces the worker when it dies or hangs.
 
-What was in flight when a worker died runs again, one request at a time, so that a request which kills workers is
-alone when it does so the second time: it then gets ServerError, and its neighbours notice no more than a delay.
+Requests that were in flight when a worker died run again, one at a time. A request that kills workers is therefore
+alone when it does so the second time: it gets ServerError, and other requests are only delayed.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from genserve_backend.errors import Cancelled, DeadlineExceeded, RequestError, ServerError, ServerUnavailable
 from genserve_backend.logs import log
+from genserve_backend.worker.callbacks import Monitor, NoMonitor, Task
 from genserve_backend.worker.link import WorkerGone, WorkerLink
 from genserve_backend.worker.messages import (
     DEFAULT_LEVEL,
-    Beat,
     Cancel,
     Done,
     Event,
     Failed,
     Grant,
+    Heartbeat,
     NotReady,
     Progress,
     Ready,
@@ -33,13 +34,13 @@ from genserve_backend.worker.messages import (
 from genserve_backend.worker.threads import exit_on_failure
 
 POLL_S = 0.05
-"""How often cancellations and deadlines are looked at."""
+"""Interval between two checks of cancellations and deadlines, in seconds."""
 MAX_DEATHS = 2
-"""In flight at so many worker deaths, a request is answered with ServerError."""
+"""Worker deaths with a request in flight, after which it gets ServerError."""
 RESTART_BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
-"""Wait before the next start, by the number of starts in a row that failed; the last one repeats."""
+"""Delay before the next start, by the number of failed starts in a row; the last one repeats."""
 DEADLINE_GRACE_S = 2.0
-"""A worker enforces deadlines at its steps; this much later the supervisor answers in its place."""
+"""Seconds after a deadline until the supervisor answers in place of the worker, which checks deadlines per step."""
 
 SHUTTING_DOWN = Failed(-1, ServerUnavailable("the server is shutting down"))
 
@@ -47,54 +48,14 @@ logger = logging.getLogger(__name__)
 
 
 class WorkerStartError(Exception):
-    """The first worker could not load its model; the message says why in one line."""
-
-
-class Task(Protocol):
-    """One request, as its caller sees it. The supervisor's thread calls these; none may block for long."""
-
-    @property
-    def task_id(self) -> str:
-        """The id in the logs."""
-
-    def is_cancelled(self) -> bool:
-        """Whether the caller no longer wants an answer."""
-
-    def on_progress(self, step: int, steps: int, preview: bytes) -> None:
-        """`step` of `steps` is done."""
-
-    def on_done(self, result: Any) -> None:
-        """The result is here."""
-
-    def on_failed(self, error: RequestError) -> None:
-        """The request failed."""
-
-
-class Monitor(Protocol):
-    """Who counts what an instance does. The supervisor's thread calls it."""
-
-    def on_beat(self, beat: Beat) -> None:
-        """The worker lives."""
-
-    def on_restart(self) -> None:
-        """A worker that had been ready is gone, and another one is about to start."""
-
-
-class NoMonitor:
-    """Counts nothing."""
-
-    def on_beat(self, beat: Beat) -> None:
-        """Nothing."""
-
-    def on_restart(self) -> None:
-        """Nothing."""
+    """The first worker could not load its model; the message is one line."""
 
 
 @dataclass(eq=False)
 class _Entry:
-    """A request that was taken and not yet answered."""
+    """A submitted request that is not answered yet."""
 
-    job: int
+    job_id: int
     task: Task
     request: Any
     deadline: float
@@ -111,32 +72,36 @@ class Supervisor:
     starting thread, which therefore has to live as long as they do.
 
     Args:
-        start: What every worker of this instance is told first.
-        monitor: Counts what happens.
+        start: First message to every worker of this instance.
     """
 
-    def __init__(self, start: Start, monitor: Monitor | None = None) -> None:
+    def __init__(self, start: Start) -> None:
         self._start = start
-        self._monitor = monitor or NoMonitor()
+        self._monitor: Monitor = NoMonitor()
         self._changed = threading.Condition()  # guards everything below
         self._queue: deque[_Entry] = deque()
         self._sent: dict[int, _Entry] = {}
         self._jobs = 0
-        self._granted = 0  # requests that the worker has asked for and not been given
+        self._granted = 0  # grants of the worker that are not used yet
         self._link: WorkerLink | None = None
         self._ready = False
         self._was_ready = False
         self._start_error: str | None = None
         self._closing = False
-        self._callers_seen = 0.0
+        self._callers_checked = 0.0
         self._thread = threading.Thread(target=exit_on_failure, args=(self._watch,), name="supervisor", daemon=True)
 
-    def start(self) -> None:
+    def start(self, monitor: Monitor | None = None) -> None:
         """Start the first worker and wait until it has loaded its model.
 
+        Args:
+            monitor: Observes the workers.
+
         Raises:
-            WorkerStartError: It could not.
+            WorkerStartError: The worker could not load its model.
         """
+        if monitor:
+            self._monitor = monitor
         self._thread.start()
         with self._changed:
             self._changed.wait_for(lambda: self._was_ready or self._start_error)
@@ -144,7 +109,7 @@ class Supervisor:
                 raise WorkerStartError(self._start_error)
 
     def submit(self, task: Task, request: Any, *, deadline: float, level: int = DEFAULT_LEVEL) -> None:
-        """Take a request; its task hears of exactly one end. `deadline` is on the clock of time.monotonic()."""
+        """Queue a request; its task gets exactly one result or error. `deadline` is a time.monotonic() value."""
         with self._changed:
             entry = _Entry(self._jobs, task, request, deadline, level)
             self._jobs += 1
@@ -156,23 +121,23 @@ class Supervisor:
             self._answer(entry, SHUTTING_DOWN)
 
     def wait_for_slot(self) -> None:
-        """Block until the instance can run another request: its worker is up, and asks for one."""
+        """Block until the instance can accept another request: its worker is ready and has granted one."""
         with self._changed:
             self._changed.wait_for(lambda: self._closing or (self._granted > 0 and not self._queue))
 
     @property
     def has_room(self) -> bool:
-        """Whether `wait_for_slot` would not block."""
+        """True if `wait_for_slot` would not block."""
         with self._changed:
             return self._closing or (self._granted > 0 and not self._queue)
 
     @property
     def is_closing(self) -> bool:
-        """Whether the end has begun."""
+        """True once `close` has been called."""
         return self._closing
 
     def close(self) -> None:
-        """End the worker and the watching thread; answer what is still in flight with ServerUnavailable."""
+        """End the worker and the supervisor's thread; fail the requests in flight with ServerUnavailable."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -184,7 +149,7 @@ class Supervisor:
         link = self._link
         return link.pid if link else None
 
-    # The watching thread.
+    # The supervisor's thread.
 
     def _watch(self) -> None:
         failed_starts = 0
@@ -195,14 +160,14 @@ class Supervisor:
             failed_starts = 0 if was_ready else failed_starts + 1
             if was_ready:
                 self._monitor.on_restart()
-            self._sort_out_death(cause, loading=not was_ready)
+            self._handle_death(cause, loading=not was_ready)
             if not self._was_ready:
                 break
             self._pause(RESTART_BACKOFF_S[min(failed_starts, len(RESTART_BACKOFF_S) - 1)])
         self._answer_all(SHUTTING_DOWN)
 
     def _run_worker(self) -> tuple[str, bool]:
-        """Run one worker until it is gone: why it went, and whether it had loaded its model."""
+        """Run one worker until it is gone; return the cause, and whether it had loaded its model."""
         try:
             link = WorkerLink(self._start)
         except OSError as error:
@@ -221,17 +186,17 @@ class Supervisor:
         return reason or ending, was_ready
 
     def _pause(self, seconds: float) -> None:
-        """Wait before the next start, with an eye on callers who will not."""
+        """Wait before the next start, and meanwhile check cancellations and deadlines."""
         until = time.monotonic() + seconds
         while not self._closing and time.monotonic() < until:
-            self._look_after_callers()
+            self._check_callers()
             time.sleep(POLL_S)
 
     def _attend(self, link: WorkerLink) -> str:
-        """Hear the worker and its callers until it is gone; return the reason, where it gave one."""
+        """Handle the worker's events and its callers until it is gone; return the reason, if it gave one."""
         settings = self._start.settings
         reason = ""
-        heard = moved = time.monotonic()
+        last_heartbeat = last_running = time.monotonic()
         while not self._closing:
             try:
                 event = link.receive(timeout=POLL_S)
@@ -241,27 +206,27 @@ class Supervisor:
             if isinstance(event, NotReady):
                 reason = event.reason
             elif event is not None:
-                if isinstance(event, Beat):
-                    heard = now - event.stalled_s
+                if isinstance(event, Heartbeat):
+                    last_heartbeat = now - event.stalled_s
                 elif isinstance(event, Ready):
-                    heard = now
-                self._take(event)
-            if not self._ready and now > heard + settings.start_timeout_s:
+                    last_heartbeat = now
+                self._handle(event)
+            if not self._ready and now > last_heartbeat + settings.start_timeout_s:
                 return f"the model was not loaded within {settings.start_timeout_s:g} s"
-            # It does not beat while it loads, and a large model takes its time.
-            moved = moved if not self._ready and link.is_stopped else now
-            if now > moved + settings.hang_timeout_s:
+            # There are no heartbeats during loading, and a large model takes long to load.
+            last_running = last_running if not self._ready and link.is_stopped else now
+            if now > last_running + settings.hang_timeout_s:
                 return f"stopped for {settings.hang_timeout_s:g} s while it loaded the model"
-            if self._ready and now > heard + settings.hang_timeout_s:
+            if self._ready and now > last_heartbeat + settings.hang_timeout_s:
                 return f"no sign of life for {settings.hang_timeout_s:g} s"
-            if now >= self._callers_seen + POLL_S:
-                self._callers_seen = now
-                self._look_after_callers()
+            if now >= self._callers_checked + POLL_S:
+                self._callers_checked = now
+                self._check_callers()
         return reason
 
-    def _take(self, event: Event) -> None:
-        if isinstance(event, Beat):
-            self._monitor.on_beat(event)
+    def _handle(self, event: Event) -> None:
+        if isinstance(event, Heartbeat):
+            self._monitor.on_heartbeat(event)
             return
         entry = None
         with self._changed:
@@ -271,16 +236,16 @@ class Supervisor:
             elif isinstance(event, Grant):
                 self._granted += event.count
             elif isinstance(event, Progress):
-                entry = self._sent.get(event.job)
+                entry = self._sent.get(event.job_id)
             elif isinstance(event, (Done, Failed)):
-                entry = self._sent.pop(event.job, None)
+                entry = self._sent.pop(event.job_id, None)
             self._dispatch()
             self._changed.notify_all()
-        if entry:  # else it is no request's event, or that of one whose deadline had passed
+        if entry:  # None for a worker event, or a request that was already answered
             self._answer(entry, event)
 
     def _answer(self, entry: _Entry, event: Event) -> None:
-        """Tell a request's task. What it raises is a defect of its own, and must not take the instance along."""
+        """Call a request's task. An exception there is logged, so that it cannot end the instance."""
         try:
             if isinstance(event, Progress):
                 entry.task.on_progress(event.step, event.steps, event.preview)
@@ -298,7 +263,7 @@ class Supervisor:
             logger.exception("task callback failed", extra={"fields": {"task_id": entry.task.task_id}})
             return False
 
-    def _look_after_callers(self) -> None:
+    def _check_callers(self) -> None:
         now = time.monotonic()
         with self._changed:
             waiting, running = list(self._queue), list(self._sent.values())
@@ -315,19 +280,19 @@ class Supervisor:
                 self._cancel(entry)
 
     def _withdraw(self, entry: _Entry, error: RequestError) -> None:
-        """Answer a request in the worker's place, if it still has no answer."""
+        """Answer a request in place of the worker, if it has no answer yet."""
         with self._changed:
             if entry in self._queue:
                 self._queue.remove(entry)
-            elif self._sent.pop(entry.job, None):
+            elif self._sent.pop(entry.job_id, None):
                 self._cancel(entry)
             else:
                 return
             self._changed.notify_all()
-        self._answer(entry, Failed(entry.job, error))
+        self._answer(entry, Failed(entry.job_id, error))
 
-    def _sort_out_death(self, cause: str, *, loading: bool) -> None:
-        """Decide what becomes of the requests of a worker that has died."""
+    def _handle_death(self, cause: str, *, loading: bool) -> None:
+        """Requeue or fail the requests of a worker that has died."""
         with self._changed:
             in_flight = list(self._sent.values())
             self._sent.clear()
@@ -348,7 +313,7 @@ class Supervisor:
         )
         for entry in given_up:
             error = ServerError(f"the worker died {MAX_DEATHS} times while it ran this request")
-            self._answer(entry, Failed(entry.job, error))
+            self._answer(entry, Failed(entry.job_id, error))
         if loading:
             self._answer_all(Failed(-1, ServerUnavailable(f"the worker cannot start: {cause}")))
 
@@ -361,23 +326,23 @@ class Supervisor:
         for entry in entries:
             self._answer(entry, event)
 
-    # With the lock held, from any thread.
+    # Called with the lock held, from any thread.
 
     def _dispatch(self) -> None:
-        """Send what may run now; a request that saw a worker die runs alone."""
+        """Send the requests that may run now; one that was in flight at a worker death runs alone."""
         while self._ready and self._link and self._queue:
             if self._sent and (self._queue[0].deaths or any(entry.deaths for entry in self._sent.values())):
                 return
             entry = self._queue.popleft()
-            self._sent[entry.job] = entry
+            self._sent[entry.job_id] = entry
             self._granted -= 1
             self._link.send(
-                Submit(entry.job, entry.task.task_id, entry.request, entry.deadline, entry.level, entry.arrived)
+                Submit(entry.job_id, entry.task.task_id, entry.request, entry.deadline, entry.level, entry.arrived)
             )
 
     def _cancel(self, entry: _Entry) -> None:
         if self._link:
-            self._link.send(Cancel(entry.job))
+            self._link.send(Cancel(entry.job_id))
 
     def _log(self, level: int, event: str, **fields: object) -> None:
         log(logger, level, event, instance=self._start.instance, **fields)

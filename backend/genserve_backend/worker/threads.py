@@ -1,4 +1,4 @@
-"""Threads that others wait for: one that fails ends its process, whose watcher then replaces it."""
+"""Threads that end their process if they fail, so that its supervisor replaces it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 def start_thread(target: Callable[[], None], *, name: str) -> threading.Thread:
     """Start a daemon thread that ends the process if `target` raises.
 
-    A thread that died quietly would leave its requests waiting for ever. The end of the process is noticed: the
-    supervisor replaces a worker, and `genserve serve` a server that lost a stub.
+    A thread that died silently would leave its requests waiting for ever. The end of the process is detected: the
+    supervisor replaces a worker, and `genserve serve` replaces a server that lost a stub.
     """
     thread = threading.Thread(target=exit_on_failure, args=(target,), name=name, daemon=True)
     thread.start()
@@ -27,9 +27,9 @@ def start_thread(target: Callable[[], None], *, name: str) -> threading.Thread:
 
 
 def exit_on_failure(target: Callable[[], None]) -> None:
-    """Run `target`; log whatever it raises as critical and end the process.
+    """Run `target`; log any exception as critical and end the process.
 
-    Anything counts, also what is no Exception: a panic of a Rust extension is a BaseException.
+    This includes every BaseException, such as a panic of a Rust extension.
     """
     try:
         target()
@@ -40,7 +40,7 @@ def exit_on_failure(target: Callable[[], None]) -> None:
 
 
 class Busy:
-    """Context manager that tells other threads for how long its block has been running."""
+    """Context manager that shows other threads how long its block has been running."""
 
     def __init__(self) -> None:
         self._since: float | None = None
@@ -55,6 +55,6 @@ class Busy:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the block was entered; 0 outside of it."""
+        """Seconds since the block was entered; 0 outside the block."""
         since = self._since
         return 0.0 if since is None else time.monotonic() - since

@@ -1,1 +1,1 @@
-"""Running a server: fetches tritonserver, renders the model repository, starts it and watches it."""
+"""Server control: fetch tritonserver, render the model repository, start and watch the server."""

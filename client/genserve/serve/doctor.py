@@ -1,4 +1,4 @@
-"""`genserve doctor`: what serving needs on this machine, checked one by one."""
+"""`genserve doctor`: checks of this machine's requirements for serving."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from genserve.serve.wheels import TRITON, check_platform, on_path
 from genserve.types import ServerStatus
 
 MIN_SHM_BYTES = 256 * 2**20
-"""Below this, images of several requests at once run out of shared memory: Docker's default of 64 MB does."""
+"""Several images at once need this much shared memory. Docker's default of 64 MB is too small."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """The outcome of one check. A warning does not keep the server from starting."""
+    """Result of one check. A server starts despite warnings."""
 
     subject: str
     state: Literal["ok", "warn", "fail"]
@@ -38,7 +38,7 @@ def examine(http_port: int) -> list[Finding]:
 
 
 def examine_servers(servers: Iterable[ServerStatus]) -> list[Finding]:
-    """Whether each server is ready, and each of its models."""
+    """Check that each server and each of its models is ready."""
     findings = []
     for server in servers:
         state = "ready" if server.ready else "not ready" if server.live else "not reachable"
@@ -60,15 +60,15 @@ def _guarded(check: Callable[[ServeOptions], Iterator[Finding]], options: ServeO
 
 def _platform(_: ServeOptions) -> Iterator[Finding]:
     if on_path("tritonserver"):
-        yield Finding("platform", "ok", "tritonserver is installed, so any platform that runs it will do")
+        yield Finding("platform", "ok", "tritonserver is installed; any platform that runs it is supported")
         return
     check_platform(TRITON)
-    yield Finding("platform", "ok", "Linux on x86_64, glibc recent enough for the embedded Triton")
+    yield Finding("platform", "ok", "Linux on x86_64 with a glibc that the embedded Triton supports")
 
 
 def _python(_: ServeOptions) -> Iterator[Finding]:
     if on_path("tritonserver"):
-        yield Finding("python", "ok", f"Python {platform_version()}; Triton brings its own interpreter")
+        yield Finding("python", "ok", f"Python {platform_version()}; the installed Triton has its own interpreter")
         return
     yield Finding("python", "ok", f"Python {platform_version()} with {find_libpython()}")
 
@@ -82,7 +82,7 @@ def _triton(_: ServeOptions) -> Iterator[Finding]:
         yield Finding("triton", "ok", f"embedded, in {folder}")
     else:
         make_folder(cache_folder(), setting="GENSERVE_CACHE_DIR")
-        yield Finding("triton", "warn", f"not fetched yet; the first `genserve serve` puts it into {folder}")
+        yield Finding("triton", "warn", f"not fetched yet; the first `genserve serve` fetches it into {folder}")
 
 
 def _torch(_: ServeOptions) -> Iterator[Finding]:
@@ -102,7 +102,7 @@ def _torch(_: ServeOptions) -> Iterator[Finding]:
 
 def _memory(_: ServeOptions) -> Iterator[Finding]:
     if not SHM_FOLDER.is_dir():
-        yield Finding("shm", "fail", f"no {SHM_FOLDER}: Triton's Python backend needs it")
+        yield Finding("shm", "fail", f"no {SHM_FOLDER}, which Triton's Python backend requires")
         return
     total = shutil.disk_usage(SHM_FOLDER).total
     small = total < MIN_SHM_BYTES

@@ -1,4 +1,4 @@
-"""What `genserve serve` was asked for, as one typed object."""
+"""Options of `genserve serve`, and the cache and state folders."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ from pathlib import Path
 
 
 class ServeError(Exception):
-    """The server cannot be started, stopped or found; one line says why."""
+    """Failure to start, stop or find a server, with a one-line reason."""
 
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """One server.
+    """Options of one server.
 
     Attributes:
         host: Address that all three endpoints bind to.
-        gpus: GPU ids for every model, or None for what Triton finds.
-        models: Names of the models to serve, or empty for all in the repository.
-        instances: Instances of a model on each device, where not one.
-        verbose: Whether Triton's own informational log lines are shown.
-        exit_timeout_s: Seconds that requests in flight get to finish when the server stops.
+        http_port: Port of the HTTP endpoint.
+        grpc_port: Port of the gRPC endpoint.
+        metrics_port: Port of the metrics endpoint.
+        repository: The model repository.
+        gpus: GPU ids for every model; None leaves the choice to Triton.
+        models: Names of the models to serve; empty serves the whole repository.
+        instances: Instances per device, by model; the default is one.
+        verbose: Log Triton's informational lines.
+        exit_timeout_s: Seconds for requests in flight to finish when the server stops.
     """
 
     host: str = "127.0.0.1"
@@ -38,23 +42,23 @@ class ServeOptions:
 
     @property
     def ports(self) -> tuple[int, int, int]:
-        """HTTP, gRPC and metrics."""
+        """HTTP, gRPC and metrics ports."""
         return self.http_port, self.grpc_port, self.metrics_port
 
     @property
     def local_host(self) -> str:
-        """An address that reaches the server from this machine, as it stands in a URL."""
+        """Host part of a URL that reaches the server from this machine."""
         host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)  # noqa: S104
         return f"[{host}]" if self.is_ipv6 else host
 
     @property
     def is_ipv6(self) -> bool:
-        """Whether the host is a literal IPv6 address."""
+        """True if the host is a literal IPv6 address."""
         return ":" in self.host
 
     @property
     def addresses(self) -> dict[str, str]:
-        """The three addresses that callers use."""
+        """Addresses for callers, by endpoint."""
         host = self.local_host
         return {
             "http": f"http://{host}:{self.http_port}",
@@ -64,21 +68,21 @@ class ServeOptions:
 
 
 def default_repository() -> Path:
-    """``model_repository/`` here, else the one that was installed with the package, else the checkout's."""
+    """Return ``model_repository/`` of the working folder, else of the installed package, else of the checkout."""
     package = Path(__file__).resolve().parents[1]
     candidates = [Path("model_repository"), package / "model_repository", package.parents[1] / "model_repository"]
     return next((path for path in candidates if path.is_dir()), candidates[0]).absolute()
 
 
 def cache_folder() -> Path:
-    """Where fetched binaries are kept, for all servers of this user: GENSERVE_CACHE_DIR, else XDG's cache folder."""
+    """Return the folder for fetched binaries: GENSERVE_CACHE_DIR, else XDG's cache folder."""
     return _folder("GENSERVE_CACHE_DIR", "XDG_CACHE_HOME", ".cache")
 
 
 def state_folder(http_port: int) -> Path:
-    """Where a server on that port keeps its process id, log and rendered repository.
+    """Return the folder for a server's process id, log and rendered repository.
 
-    Below GENSERVE_STATE_DIR, else below XDG's state folder.
+    It is below GENSERVE_STATE_DIR, else below XDG's state folder.
     """
     return _folder("GENSERVE_STATE_DIR", "XDG_STATE_HOME", ".local/state") / f"server-{http_port}"
 
@@ -91,10 +95,14 @@ def _folder(own: str, xdg: str, below_home: str) -> Path:
 
 
 def make_folder(path: Path, *, setting: str) -> Path:
-    """Create a folder for this user alone, and check that it can be written.
+    """Create a folder that only this user can access, and check that it is writable.
+
+    Args:
+        path: The folder.
+        setting: Environment variable that moves the folder, for the error message.
 
     Raises:
-        ServeError: It cannot; `setting` names the environment variable that moves it.
+        ServeError: The folder cannot be created or written.
     """
     try:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)

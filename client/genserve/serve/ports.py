@@ -1,4 +1,4 @@
-"""Ports: are the wanted ones free, and which others are."""
+"""Port checks and free ports."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from genserve.serve.options import ServeError, ServeOptions
 
 
 def check_ports(options: ServeOptions) -> None:
-    """Raise ServeError when the address cannot be bound, naming the flag that changes the port."""
+    """Check that the server's ports are free.
+
+    Raises:
+        ServeError: A port cannot be bound. The message names the flag that changes it.
+    """
     flags = ("--http-port", "--grpc-port", "--metrics-port")
     if len(set(options.ports)) < len(options.ports):
         raise ServeError(f"HTTP, gRPC and metrics need three different ports, not {options.ports} (see {flags[0]})")
@@ -25,7 +29,7 @@ def check_ports(options: ServeOptions) -> None:
 
 
 def free_ports(count: int = 3) -> list[int]:
-    """Different ports on loopback that nothing listens on, for a server of one's own."""
+    """Return free loopback ports."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports: list[int] = [each.getsockname()[1] for each in sockets]
     for each in sockets:

@@ -1,4 +1,4 @@
-"""One running tritonserver: started, waited for, watched, ended with all that belongs to it."""
+"""A tritonserver process with its stubs and workers: start, readiness, health and stop."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ MODEL_PATH_ENVS = ("FLUX_MODEL_PATH", "RERANK_MODEL_PATH")
 POLL_S = 0.2
 INDEX_TIMEOUT_S = 5.0
 PROBE_TIMEOUT_S = 1.0
-"""Of the health endpoint; the end of the server waits for a probe under way."""
+"""Timeout of a health probe. Stopping the server waits for a running probe."""
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 class TritonProcess:
-    """A tritonserver, its stubs and their workers.
+    """tritonserver with its stubs and their workers.
 
     Args:
-        triton: What to start.
+        triton: The installation to start.
         options: Addresses and limits.
         repository: The rendered model repository.
-        board: Path of the board that its models share.
-        log: Where its output goes, or None for this process's own.
+        board: Path of the task board that the models share.
+        log: File for the output; None inherits this process's.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class TritonProcess:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            start_new_session=True,  # Ctrl-C is for us: we end it in order
+            start_new_session=True,  # Ctrl-C must reach only this process, which stops the server in order
             preexec_fn=_end_with_parent,  # noqa: PLW1509  # safe: this process has one thread
         )
         self._stubs: list[psutil.Process] = []
@@ -64,19 +64,19 @@ class TritonProcess:
 
     @property
     def pid(self) -> int:
-        """The process id of tritonserver."""
+        """Process id of tritonserver."""
         return self._process.pid
 
     @property
     def stubs(self) -> list[int]:
-        """Process ids of the Python backend's stubs, as they were when the server got ready."""
+        """Process ids of the Python backend's stubs when the server became ready."""
         return [stub.pid for stub in self._stubs]
 
     def poll_ready(self) -> bool:
-        """Whether every model is ready to serve.
+        """Return whether every model is ready.
 
         Raises:
-            ServeError: One of them never will be, or the server has ended.
+            ServeError: A model failed to load, or the server has ended.
         """
         if self._process.poll() is not None:
             raise ServeError(f"tritonserver ended with {self._process.returncode} while it started; its log says why")
@@ -89,7 +89,7 @@ class TritonProcess:
         return self._was_ready
 
     def _repository_index(self) -> list[dict[str, str]]:
-        """Triton's list of models with their states; empty while it does not listen, as it loads its models first."""
+        """Return Triton's models with their states, empty before Triton listens. It loads the models first."""
         try:
             answer = self._ask("POST", "/v2/repository/index", timeout_s=INDEX_TIMEOUT_S)
             return list(answer.json()) if answer.status == HTTPStatus.OK else []
@@ -97,12 +97,12 @@ class TritonProcess:
             return []
 
     def _ask(self, method: str, path: str, *, timeout_s: float) -> urllib3.BaseHTTPResponse:
-        # Closed at once: Triton waits for open connections when it is told to stop.
+        # Close the connection at once: Triton waits for open ones when it stops.
         with urllib3.PoolManager(retries=False, timeout=timeout_s) as http:
             return http.request(method, self._options.addresses["http"] + path)
 
-    def what_died(self) -> str | None:
-        """Names the first part of the server that is gone, or None while all is well."""
+    def dead_part(self) -> str | None:
+        """Return the name of the first dead process, None if all are alive."""
         if self._process.poll() is not None:
             return f"tritonserver ended with {self._process.returncode}"
         for stub in self._stubs:
@@ -115,7 +115,7 @@ class TritonProcess:
         return None
 
     def stopped_parts(self) -> list[str]:
-        """Name what runs but does not move: stopped processes, and a server that was ready and no longer answers."""
+        """Return the names of stopped processes, and of a ready server that no longer answers."""
         parts = [f"stub {stub.pid}" for stub in self._stubs if _is_stopped(stub.pid)]
         if _is_stopped(self.pid) or not self._is_live():
             parts.append("tritonserver")
@@ -123,14 +123,14 @@ class TritonProcess:
 
     def _is_live(self) -> bool:
         if not self._was_ready:
-            return True  # it listens when it has loaded its models
+            return True  # Triton listens only after its models have loaded
         try:
             return self._ask("GET", "/v2/health/live", timeout_s=PROBE_TIMEOUT_S).status == HTTPStatus.OK
         except urllib3.exceptions.HTTPError:
             return False
 
     def stop(self, drain_s: float) -> None:
-        """Let requests in flight finish for at most `drain_s`, then end every process and remove every segment."""
+        """Drain requests for at most `drain_s` seconds, then end every process and remove its shared memory."""
         family = self._family()
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGTERM)
@@ -140,8 +140,8 @@ class TritonProcess:
             family |= self._family()
             self._process.kill()
             self._process.wait()
-        # Stubs follow their server and workers follow their stub, by themselves; one that is stuck on a lock which its
-        # server held when it was killed does not, and is killed too.
+        # Stubs end with their server and workers with their stub. A stub that waits for a lock held by a killed server
+        # does not, so it is killed.
         _, alive = psutil.wait_procs(family, timeout=3.0)
         for process in alive:
             process.kill()
@@ -150,7 +150,7 @@ class TritonProcess:
             segment.unlink(missing_ok=True)
 
     def _family(self) -> set[psutil.Process]:
-        """All processes below tritonserver; of one that has died, its last known stubs and what is below them."""
+        """Return all processes below tritonserver. If it has died, use the stubs recorded before."""
         family = set(self._stubs)
         for pid in (self.pid, *self.stubs):
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -159,7 +159,7 @@ class TritonProcess:
 
 
 def _is_stopped(pid: int) -> bool:
-    """Whether a process has been stopped by a signal."""
+    """Return whether a signal has stopped the process."""
     try:
         return bool(psutil.Process(pid).status() == psutil.STATUS_STOPPED)
     except psutil.NoSuchProcess:
@@ -167,25 +167,25 @@ def _is_stopped(pid: int) -> bool:
 
 
 def _end_with_parent() -> None:
-    """Run in the child: end in order when this process dies, in whatever way."""
+    """Make the child end in order when this process dies. Runs in the child."""
     _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _absolute_paths() -> dict[str, str]:
-    """The checkpoints that the environment names, for a process that starts in another folder."""
+    """Return the environment's checkpoint paths as absolute paths; the server starts in another folder."""
     return {name: str(Path(os.environ[name]).absolute()) for name in MODEL_PATH_ENVS if os.environ.get(name)}
 
 
 def _one_line(reason: str) -> str:
-    """Triton's reason for a model that failed: the innermost message, without its layers' names and the traceback."""
+    """Return the innermost message of Triton's reason for a failed model, without the traceback."""
     line = " ".join(reason.partition("\n\nAt:\n")[0].split())
     return line.rpartition("TritonModelException: ")[2]
 
 
 def clear_abandoned_segments() -> None:
-    """Remove shared memory of servers whose `genserve serve` was killed before it could do so itself."""
+    """Remove shared memory left by killed `genserve serve` processes."""
     for segment in SHM_FOLDER.glob(f"{SHM_PREFIX}-*"):
         owner = segment.name.split("-")[1]
         if owner.isdecimal() and not psutil.pid_exists(int(owner)):
-            with contextlib.suppress(PermissionError):  # another user's
+            with contextlib.suppress(PermissionError):  # it belongs to another user
                 segment.unlink(missing_ok=True)

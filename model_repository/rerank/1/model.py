@@ -1,4 +1,4 @@
-"""`rerank`, query against documents: tensors to requests, results to tensors. The rest is in genserve_backend."""
+"""The `rerank` model, query against documents: tensors to requests, and results to tensors."""
 
 from __future__ import annotations
 
@@ -6,57 +6,56 @@ import json
 from typing import Any
 
 from genserve_backend.adapter.instance import Instance
-from genserve_backend.adapter.metrics import RERANK
-from genserve_backend.adapter.reply import Row
-from genserve_backend.adapter.tensors import Values, bytes_tensor, number_tensor, read_rows
+from genserve_backend.adapter.reply import Reply
+from genserve_backend.adapter.rows import AnsweredRow, ParsedRow, parse_options, task_ids
+from genserve_backend.adapter.tensors import bytes_tensor, number_tensor, parse_rows
 from genserve_backend.rerank.checkpoint import RerankCheckpoint
-from genserve_backend.rerank.request import RerankRequest, validate
+from genserve_backend.rerank.metrics import METRICS
+from genserve_backend.rerank.request import parse
 from genserve_backend.settings import RerankSettings
+
+INPUTS = ("QUERY", "INSTRUCTION", "WINDOWS")
+LIST_INPUTS = ("DOCUMENTS",)
 
 
 class TritonPythonModel:
-    """What Triton's Python backend calls."""
+    """Interface to Triton's Python backend."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Start the worker and wait until it has loaded the checkpoint."""
         self.instance: Instance[RerankSettings, RerankCheckpoint] = Instance(
             args,
             settings=RerankSettings,
-            read=RerankCheckpoint.read,
-            engine="genserve_backend.rerank.load:build",
-            families=RERANK,
+            load_checkpoint=RerankCheckpoint.load,
+            engine="genserve_backend.rerank.build:build",
+            metrics=METRICS,
         )
 
     def execute(self, requests: list[Any]) -> None:
-        """Take the requests, then block while the instance is full. Their answers are sent as they get ready."""
+        """Submit the requests, then block while the instance is full. Each answer is sent when it is ready."""
         for request in requests:
-            self.instance.take(request, read=self.read, build=self.outputs)
+            reply = Reply(request, self.outputs)
+            with reply.catch_errors():
+                options = parse_options(request)
+                self.instance.submit(reply, self.parse(request), options)
         self.instance.wait_for_slot()
 
-    def read(self, request: Any) -> list[tuple[Values, RerankRequest]]:
-        """Each row's values, and the checked request that they make."""
-        rows = []
-        for values in read_rows(request, scalars=("QUERY", "INSTRUCTION", "WINDOWS"), lists=("DOCUMENTS",)):
-            engine_request = RerankRequest(
-                query=values["QUERY"],
-                documents=tuple(values["DOCUMENTS"]),
-                instruction=values.get("INSTRUCTION") or None,
-                windows=values.get("WINDOWS", 1),
-            )
-            validate(engine_request)
-            rows.append((values, engine_request))
-        return rows
+    def parse(self, request: Any) -> list[ParsedRow]:
+        """Parse the rows of a request."""
+        rows = parse_rows(request, scalars=INPUTS, lists=LIST_INPUTS)
+        rankings = [parse(values) for values in rows]
+        return [ParsedRow(*row) for row in zip(task_ids(rows, request.request_id()), rankings, strict=True)]
 
-    def outputs(self, rows: list[Row]) -> list[Any]:
-        """SCORES ``[B, N]`` in the order of the documents, and INFO ``[B, 1]``."""
+    def outputs(self, rows: list[AnsweredRow]) -> list[Any]:
+        """Return SCORES ``[B, N]`` in the order of the documents, and INFO ``[B, 1]``."""
         scores = [row.result.scores for row in rows]
         return [
             number_tensor("SCORES", scores, (len(rows), len(scores[0])), "float32"),
             bytes_tensor("INFO", [self.info(row) for row in rows], (len(rows), 1)),
         ]
 
-    def info(self, row: Row) -> str:
-        """The INFO of one row, as JSON."""
+    def info(self, row: AnsweredRow) -> str:
+        """Return the INFO of one row, as JSON."""
         return json.dumps(
             {
                 "task_id": row.task_id,

@@ -1,4 +1,4 @@
-"""`tasks`, what is in flight: status, cancel and list, from the board that the instances write."""
+"""The `tasks` model: status, cancel and list of the requests in flight, from the board that the instances write."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import triton_python_backend_utils as pb_utils
 
 from genserve_backend import logs
-from genserve_backend.adapter.instance import MAX_TASK_ID_CHARACTERS
 from genserve_backend.adapter.reply import error_response
-from genserve_backend.adapter.tensors import bytes_tensor, read_text
+from genserve_backend.adapter.rows import MAX_TASK_ID_CHARACTERS
+from genserve_backend.adapter.tensors import bytes_tensor, parse_text
 from genserve_backend.board import Board
 from genserve_backend.errors import InvalidInput, RequestError, ServerError
 
@@ -21,7 +21,7 @@ logger = logging.getLogger("genserve_backend.tasks")
 
 
 class TritonPythonModel:
-    """What Triton's Python backend calls."""
+    """Interface to Triton's Python backend."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Open the board."""
@@ -29,23 +29,23 @@ class TritonPythonModel:
         self.board = Board()
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """Answer each request by itself."""
+        """Answer the requests, each on its own."""
         return [self.answer(request) for request in requests]
 
     def answer(self, request: Any) -> Any:
-        """TASK as JSON (a list for the action list), and PREVIEW."""
+        """Return the response: TASK as JSON (a list for the action list), and PREVIEW."""
         try:
-            task, preview = self.act(read_text(request, "ACTION"), read_text(request, "TASK_ID"))
+            task, preview = self.act(parse_text(request, "ACTION"), parse_text(request, "TASK_ID"))
         except RequestError as error:
             return error_response(error)
         except Exception:
-            logger.exception("the board could not be read")
+            logger.exception("cannot read the board")
             return error_response(ServerError("the board could not be read; see the server's log"))
         outputs = [bytes_tensor("TASK", [json.dumps(task)], (1,)), bytes_tensor("PREVIEW", [preview], (1,))]
         return pb_utils.InferenceResponse(output_tensors=outputs)
 
     def act(self, action: str, task_id: str) -> tuple[Any, bytes]:
-        """Do what the caller asks for."""
+        """Run the action, and return TASK and PREVIEW."""
         if action not in ACTIONS:
             raise InvalidInput.of("ACTION", action, ", ".join(ACTIONS))
         if action == "list":

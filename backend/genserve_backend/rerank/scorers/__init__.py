@@ -1,4 +1,4 @@
-"""The kinds of reranker, and the table that says which class serves which where torch runs them."""
+"""Scorers: the kinds of reranker, and the class that serves each of them with torch."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ SCORERS: dict[Kind, type[TorchScorer]] = {
 }
 
 
-def load_scorer(checkpoint: RerankCheckpoint, settings: RerankSettings, device: str) -> Scorer:
-    """Load a checkpoint as its kind and the chosen engine demand.
+def build_scorer(checkpoint: RerankCheckpoint, settings: RerankSettings, device: str) -> Scorer:
+    """Load a checkpoint and return the scorer for its kind and the configured engine.
 
     Args:
-        checkpoint: What was found in the folder.
-        settings: `max_length` lowers the checkpoint's limit and never raises it; `dtype` is the weights' arithmetic.
-        device: As torch names it: "cpu", "cuda:0".
+        checkpoint: The checkpoint to load.
+        settings: `max_length` lowers the checkpoint's limit and never raises it; `dtype` is the dtype of the weights.
+        device: In torch's notation: "cpu", "cuda:0".
 
     Raises:
         CheckpointError: The folder cannot be loaded, the limit leaves no room for a text, or the device has no int8.

@@ -1,7 +1,7 @@
-"""What the three kinds of reranker have in common: a text becomes sequences, sequences become rows, rows become scores.
+"""The scorer: a loaded reranker in three steps, tokenize, forward and scores.
 
-The work is cut in this way because only the middle part needs the device, and it does not care which request a
-sequence belongs to: sequences of several requests may share a forward.
+A request becomes token sequences, sequences become outputs, and outputs become scores. Only the forward needs the
+device, and sequences of several requests may share one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, ClassVar, TypedDict
 import torch
 from typing_extensions import Unpack
 
-from genserve_backend.devices import finish
+from genserve_backend.devices import wait_for_stream
 from genserve_backend.matrices import use_int8_matrices, use_packed_matrices
 from genserve_backend.rerank.attention import KeysValues, Packing, choose_kernels
 from genserve_backend.rerank.checkpoint import RerankCheckpoint, first_position
@@ -23,72 +23,77 @@ from genserve_backend.rerank.packing import can_pack, compile_model, prepare_pac
 from genserve_backend.rerank.prefix import PrefixCache
 from genserve_backend.rerank.request import RerankRequest
 from genserve_backend.rerank.scorers.layouts import Layout, Packed, Padded, TokenSequence
-from genserve_backend.rerank.scorers.loading import load_model, load_tokenizer, pad_id
-from genserve_backend.rerank.sentence import Pooling
+from genserve_backend.rerank.scorers.pretrained import load_model, load_tokenizer, pad_id
+from genserve_backend.rerank.sentence_transformers import Pooling
 
 
 @dataclass(frozen=True)
 class Slice:
-    """A part of what the model has to read to answer one request."""
+    """The sequences of some of a request's documents."""
 
     sequences: list[TokenSequence]
-    """Document after document; before them, where a query is read by itself, the query."""
+    """In the order of the documents, after the query if that has a sequence of its own."""
     characters: int
-    """How many characters of documents they were made of."""
+    """Characters of the documents that they were made from."""
     query_truncated: bool = False
-    """Whether the query itself was cut."""
+    """True if the query itself was cut."""
 
 
 class Placement(TypedDict):
-    """Where and how the model is held."""
+    """The device of a model and its arithmetic."""
 
     dtype: torch.dtype
-    """The arithmetic of the weights; what decides a score after the last layer is float32 in any case."""
+    """Dtype of the weights. What follows the last layer is float32 in any case."""
     int8: bool
-    """Whether products of matrices are in int8 instead."""
+    """True if matrix products are in int8 instead."""
     compiled: bool
-    """Whether torch.compile gets the model."""
+    """True if the model is compiled with torch.compile."""
     device: torch.device
     prefix_cache_bytes: int
-    """Device memory for what prompts have in common; 0 turns that off."""
+    """Device memory of the prefix cache; 0 disables it."""
 
 
 class Scorer(ABC):
-    """A loaded reranker, as the engine knows it, whatever runs its model."""
+    """A loaded reranker, independent of the library that runs its model."""
 
     packs: bool
-    """Whether forwards are packed, without padding."""
+    """True if forwards are packed, without padding."""
 
     @property
-    @abstractmethod
-    def prefix_tokens_read(self) -> int:
-        """Tokens that forwards have read for prefixes so far."""
+    def prefix_tokens_computed(self) -> int:
+        """Tokens computed for shared prefixes so far, in addition to the sequences' own."""
+        return 0
+
+    @property
+    def prefix_tokens_reused(self) -> int:
+        """Tokens of the sequences so far that a cache of the model's library had already computed."""
+        return 0
 
     @abstractmethod
-    def read(self, request: RerankRequest) -> Iterator[Slice]:
-        """Tokenise `request`, some documents at a time. Runs on the CPU, beside the forwards."""
+    def tokenize(self, request: RerankRequest) -> Iterator[Slice]:
+        """Yield the sequences of `request`, some documents at a time. Runs on the CPU, alongside the forwards."""
 
     @abstractmethod
     def forward(self, batch: Sequence[TokenSequence]) -> torch.Tensor:
-        """Run sequences of any requests together.
+        """Return the outputs of sequences, which may belong to several requests.
 
         Args:
             batch: At least one sequence.
 
         Returns:
-            float32 [len(batch), width] on the CPU.
+            float32 [len(batch), width] on the CPU. No output depends on another sequence.
 
         Raises:
             torch.OutOfMemoryError: The batch does not fit into the device's memory.
         """
 
     @abstractmethod
-    def scores(self, rows: torch.Tensor) -> torch.Tensor:
-        """Turn the rows of one request, in the order of its sequences, into float32 [documents] in 0 to 1."""
+    def scores(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Turn the outputs of one request, in the order of its sequences, into float32 [documents] in 0 to 1."""
 
 
 class TorchScorer(Scorer):
-    """A reranker that torch runs, with a model of transformers.
+    """A reranker whose model is run by transformers and torch.
 
     Args:
         checkpoint: The folder to load.
@@ -100,11 +105,11 @@ class TorchScorer(Scorer):
     """
 
     causal: ClassVar[bool] = False
-    """Whether no token looks at those behind it."""
+    """True if tokens attend only to earlier ones."""
     model_class: ClassVar[Any]
     """The transformers Auto class that loads the model."""
     unused_weights: ClassVar[str] = ""
-    """Weights with this in their name may be absent from the folder: no score depends on them."""
+    """Weights with this in their name may be missing from the folder: no score depends on them."""
 
     def __init__(self, checkpoint: RerankCheckpoint, *, max_length: int, **placement: Unpack[Placement]) -> None:
         self.checkpoint = checkpoint
@@ -116,7 +121,7 @@ class TorchScorer(Scorer):
             self.model_class, checkpoint.path, dtype=dtype, device=self.device, unused_weights=self.unused_weights
         )
         self.pad = pad_id(self.model, self.tokenizer)
-        # The tokenizers of models without segments and the forwards of models with one both name them by accident.
+        # Both are needed: some tokenizers and some forwards name token_type_ids although the other does not use them.
         self._takes_types = (
             "token_type_ids" in self.tokenizer.model_input_names
             and "token_type_ids" in inspect.signature(self.model.forward).parameters
@@ -131,36 +136,36 @@ class TorchScorer(Scorer):
             use_int8_matrices(self.model.base_model)
         else:
             use_packed_matrices(self.model.base_model)
-        self._prefixes = PrefixCache(max_bytes=placement["prefix_cache_bytes"], compute=self._read_prefixes)
-        """Used by causal models alone."""
+        self._prefixes = PrefixCache(max_bytes=placement["prefix_cache_bytes"], compute=self._compute_prefixes)
+        """Used only by causal models."""
 
     @property
     @abstractmethod
     def pooling(self) -> Pooling:
-        """Which of a sequence's tokens its row is made of."""
+        """The way that the hidden states of a sequence's tokens become its output."""
 
     @abstractmethod
-    def rows(self, layout: Layout, inputs: dict[str, Any]) -> torch.Tensor:
-        """One forward of the model: [sequences, width], which depends on no sequence but its own."""
+    def outputs(self, layout: Layout, inputs: dict[str, Any]) -> torch.Tensor:
+        """Run the model and return the outputs, [sequences, width]."""
 
     def forward(self, batch: Sequence[TokenSequence]) -> torch.Tensor:
-        """One forward, packed where the model can be."""
+        """Return the outputs of sequences, packed if the model supports it."""
         with torch.inference_mode():
             layout = self._lay_out(batch)
             types = {"token_type_ids": layout.type_ids} if self._takes_types else {}
-            rows = self.rows(layout, layout.inputs | types).float()
-            finish(self.device)
-            return rows.cpu()
+            outputs = self.outputs(layout, layout.inputs | types).float()
+            wait_for_stream(self.device)
+            return outputs.cpu()
 
     def warm_up(self, tokens: int) -> None:
-        """Run forwards of one and of several sequences, up to so many tokens: no request then waits for a compiler."""
+        """Run forwards of one and of several sequences, up to `tokens` tokens: compilation then delays no request."""
         for lengths in ((tokens // 8,), (2, 3), (tokens // 2, tokens // 4, tokens // 8)):
             sequences = [[self.pad] * max(2, min(length, self.max_length)) for length in lengths]
             self.forward([TokenSequence(ids, [0] * len(ids), None) for ids in sequences])
 
     @property
-    def prefix_tokens_read(self) -> int:
-        """Tokens that forwards have read for prefixes so far."""
+    def prefix_tokens_computed(self) -> int:
+        """Tokens computed for shared prefixes so far, in addition to the sequences' own."""
         return self._prefixes.computed_tokens
 
     @property
@@ -171,23 +176,23 @@ class TorchScorer(Scorer):
         if not self.packs:
             return Padded(batch, pad=self.pad, causal=self.causal, device=self.device)
         prefixes = [sequence.prefix for sequence in batch]
-        known = self._prefixes.get(prefix for prefix in prefixes if prefix)
-        return self._pack(batch, [known[prefix.ids] if prefix else None for prefix in prefixes])
+        cached = self._prefixes.get(prefix for prefix in prefixes if prefix)
+        return self._pack(batch, [cached[prefix.ids] if prefix else None for prefix in prefixes])
 
     def _pack(
-        self, batch: Sequence[TokenSequence], prefixes: Sequence[KeysValues | None], *, keep: bool = False
+        self, batch: Sequence[TokenSequence], prefixes: Sequence[KeysValues | None], *, capture: bool = False
     ) -> Packed:
         lengths = [sequence.length for sequence in batch]
         return Packed(
             batch,
-            Packing(lengths, last=self.pooling == "lasttoken", prefixes=prefixes, keep=keep),
+            Packing(lengths, last=self.pooling == "lasttoken", prefixes=prefixes, capture=capture),
             first_position=first_position(self.model.config),
             one_position=self._one_position,
             device=self.device,
         )
 
-    def _read_prefixes(self, texts: Sequence[list[int]], prefixes: Sequence[KeysValues | None]) -> list[KeysValues]:
-        """The keys and values of token ids that continue what is known already, and of that."""
-        layout = self._pack([TokenSequence(ids, [], None) for ids in texts], prefixes, keep=True)
-        self.rows(layout, layout.inputs)
+    def _compute_prefixes(self, texts: Sequence[list[int]], prefixes: Sequence[KeysValues | None]) -> list[KeysValues]:
+        """Return the keys and values of token ids, preceded by those of the prefixes that they continue."""
+        layout = self._pack([TokenSequence(ids, [], None) for ids in texts], prefixes, capture=True)
+        self.outputs(layout, layout.inputs)
         return [layout.packing.keys_values(index) for index in range(len(texts))]

@@ -1,4 +1,4 @@
-"""A causal language model that answers yes or no, run by torch."""
+"""Causal reranker: a language model that answers yes or no, run by torch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from genserve_backend.rerank.request import RerankRequest
 from genserve_backend.rerank.scorers.base import Placement, Slice, TorchScorer
 from genserve_backend.rerank.scorers.layouts import Layout
 from genserve_backend.rerank.scorers.prompts import Prompts
-from genserve_backend.rerank.sentence import Pooling
+from genserve_backend.rerank.sentence_transformers import Pooling
 
 
 class Causal(TorchScorer):
     """A ForCausalLM reranker.
 
-    A row is the pair of logits of "no" and "yes" behind the last token; score = sigmoid(yes - no), which is the softmax
-    over the two. The rest of the vocabulary is never computed.
+    An output is the logits of "no" and "yes" after the last token; score = sigmoid(yes - no), the softmax over the two.
+    The other logits of the vocabulary are never computed.
     """
 
     causal: ClassVar[bool] = True
@@ -40,24 +40,24 @@ class Causal(TorchScorer):
         answers = self._prompts.answers
         self._weight = head.weight.detach()[answers].float()
         self._bias = None if head.bias is None else head.bias.detach()[answers].float()
-        # Only the decoder is kept: the head of a large vocabulary is a good part of a small model's memory.
+        # Drop the head: with a large vocabulary it takes a good part of a small model's memory.
         self.model = self.model.base_model
 
     @property
     def pooling(self) -> Pooling:
-        """The answer is what would come after the last token."""
+        """The last token: the answer would follow it."""
         return "lasttoken"
 
-    def read(self, request: RerankRequest) -> Iterator[Slice]:
-        """One prompt for each document."""
-        return self._prompts.read(request)
+    def tokenize(self, request: RerankRequest) -> Iterator[Slice]:
+        """Yield a prompt for each window of each document."""
+        return self._prompts.tokenize(request)
 
-    def rows(self, layout: Layout, inputs: dict[str, Any]) -> torch.Tensor:
-        """Logits of no and yes: float32 [prompts, 2]."""
+    def outputs(self, layout: Layout, inputs: dict[str, Any]) -> torch.Tensor:
+        """Return the logits of no and yes, float32 [prompts, 2]."""
         hidden = self.model(**inputs, use_cache=False).last_hidden_state
         last = layout.pool(hidden, self.pooling)
         return torch.nn.functional.linear(last.float(), self._weight, self._bias)
 
-    def scores(self, rows: torch.Tensor) -> torch.Tensor:
-        """The sigmoid of yes minus no."""
-        return (rows[:, 1] - rows[:, 0]).sigmoid()
+    def scores(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Return the sigmoid of yes minus no."""
+        return (outputs[:, 1] - outputs[:, 0]).sigmoid()

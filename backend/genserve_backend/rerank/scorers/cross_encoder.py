@@ -1,4 +1,4 @@
-"""A cross-encoder: query and document are read together, a classifier with one label gives the score."""
+"""Cross-encoder: query and document form one sequence, and a classifier with one label scores it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from genserve_backend.rerank.request import RerankRequest
 from genserve_backend.rerank.scorers.base import Placement, Slice, TorchScorer
 from genserve_backend.rerank.scorers.layouts import Layout
 from genserve_backend.rerank.scorers.text import Template, one_text, token_ids, windows
-from genserve_backend.rerank.sentence import Pooling
+from genserve_backend.rerank.sentence_transformers import Pooling
 
 
 class CrossEncoder(TorchScorer):
     """A ForSequenceClassification model with one label.
 
-    A row is the label's logit; score = sigmoid(logit). Only documents are cut, except where a query would leave no
-    room for a single token of a document: then it is cut to half of the room. An instruction has no effect.
+    An output is the label's logit; score = sigmoid(logit). Only documents are cut, unless the query leaves no room for
+    a single token of a document: then the query is cut to half of the room. An instruction has no effect.
     """
 
     model_class: ClassVar[Any] = AutoModelForSequenceClassification
@@ -33,11 +33,11 @@ class CrossEncoder(TorchScorer):
 
     @property
     def pooling(self) -> Pooling:
-        """The classifier reads the first token."""
+        """The first token, which the classifier uses."""
         return "cls"
 
-    def read(self, request: RerankRequest) -> Iterator[Slice]:
-        """One pair for each document."""
+    def tokenize(self, request: RerankRequest) -> Iterator[Slice]:
+        """Yield a pair for each window of each document."""
         query = one_text(self.tokenizer, request.query)
         query_truncated = len(query) >= self._room
         if query_truncated:
@@ -51,11 +51,11 @@ class CrossEncoder(TorchScorer):
             ]
             yield Slice(sequences, characters, query_truncated)
 
-    def rows(self, layout: Layout, inputs: dict[str, Any]) -> torch.Tensor:
-        """Logits: [pairs, 1]."""
+    def outputs(self, layout: Layout, inputs: dict[str, Any]) -> torch.Tensor:
+        """Return the logits, [pairs, 1]."""
         logits: torch.Tensor = self.model(**inputs).logits
         return logits
 
-    def scores(self, rows: torch.Tensor) -> torch.Tensor:
-        """The sigmoid of the only column."""
-        return rows[:, 0].sigmoid()
+    def scores(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Return the sigmoid of the logits."""
+        return outputs[:, 0].sigmoid()

@@ -1,7 +1,7 @@
-"""How sequences of different lengths become the tensors of one forward, and what is read off its hidden states.
+"""Batch layouts: the input tensors for sequences of different lengths, and the pooling of their hidden states.
 
-Packed: all tokens in one row, nothing wasted, for the models whose attention can be told which of them belong together.
-Padded: one row for each sequence, filled up to the longest, for all others.
+Packed: all tokens in one batch row without padding, for models that `packing` supports.
+Padded: one batch row per sequence, padded to the longest, for all others.
 """
 
 from __future__ import annotations
@@ -17,102 +17,102 @@ from torch import Tensor
 from genserve_backend.devices import copy_together
 from genserve_backend.rerank.attention import Packing
 from genserve_backend.rerank.prefix import Prefix
-from genserve_backend.rerank.sentence import Pooling
+from genserve_backend.rerank.sentence_transformers import Pooling
 
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One sequence of a forward."""
+    """A sequence of token ids, the unit of a forward."""
 
     ids: list[int]
-    """Token ids, special tokens included; never empty."""
+    """Token ids, including special tokens; never empty."""
     type_ids: list[int]
-    """Which segment each token belongs to, for the models that ask."""
+    """The segment of each token, for models with segments."""
     document: int | None
-    """The index of the document that it reads; None for a query by itself."""
+    """The index of its document; None for the query alone."""
     truncated: bool = False
-    """Whether tokens of the text were left out."""
+    """True if tokens of the document were cut off."""
     prefix: Prefix | None = None
-    """What `ids` begins with, if that is shared by other sequences and shorter."""
+    """A shorter beginning of `ids` that other sequences share."""
 
     @property
     def new_ids(self) -> list[int]:
-        """The tokens that a forward has to read."""
+        """The tokens after the prefix, which a forward computes."""
         return self.ids[len(self.prefix.ids) :] if self.prefix else self.ids
 
     @property
     def length(self) -> int:
-        """How many they are."""
+        """The number of `new_ids`."""
         return len(self.ids) - (len(self.prefix.ids) if self.prefix else 0)
 
     @property
     def name(self) -> str:
-        """What its caller calls it."""
+        """Its tensor in the request, for errors."""
         return "QUERY" if self.document is None else f"DOCUMENTS[{self.document}]"
 
 
 class Layout(Protocol):
-    """Sequences as tensors on the device."""
+    """The sequences of a forward as tensors on the device."""
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """The arguments of a model's forward, but for segments."""
+        """The arguments of the model's forward, without segments."""
 
     @property
     def type_ids(self) -> Tensor:
-        """The segments, in the shape of the token ids."""
+        """Segments, in the shape of the token ids."""
 
     def pool(self, hidden: Tensor, mode: Pooling) -> Tensor:
-        """One row ``[sequences, width]`` out of the last hidden states."""
+        """Pool the last hidden states to ``[sequences, width]``."""
 
 
 class Padded:
-    """A rectangle, padded on the right.
+    """One batch row per sequence, padded on the right.
 
     Args:
         batch: At least one sequence.
         pad: The token id to pad with.
-        causal: Whether no token looks at those behind it: then nothing has to be said about the padding, and torch may
-            use its faster causal kernels.
-        device: Where the tensors go.
+        causal: Whether tokens attend only to earlier ones. Then the padding needs no mask, and torch can use its faster
+            causal kernels.
+        device: The model's device.
     """
 
     def __init__(self, batch: Sequence[TokenSequence], *, pad: int, causal: bool, device: torch.device) -> None:
         lengths = [len(sequence.ids) for sequence in batch]
         width = max(lengths)
-        ids = _rectangle([sequence.ids for sequence in batch], width, pad)
-        type_ids = _rectangle([sequence.type_ids for sequence in batch], width, 0)
-        self._lengths, *rectangles = copy_together([lengths, ids, type_ids], device)
-        self._ids, self.type_ids = (each.view(len(batch), width) for each in rectangles)
+        ids = _pad([sequence.ids for sequence in batch], width, pad)
+        type_ids = _pad([sequence.type_ids for sequence in batch], width, 0)
+        self._lengths, *padded = copy_together([lengths, ids, type_ids], device)
+        self._ids, self.type_ids = (each.view(len(batch), width) for each in padded)
         self._mask = torch.arange(width, device=device) < self._lengths.unsqueeze(1)
         self._causal = causal
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """The arguments of a model's forward, but for segments."""
+        """The arguments of the model's forward, without segments."""
         return {"input_ids": self._ids} | ({} if self._causal else {"attention_mask": self._mask.long()})
 
     def pool(self, hidden: Tensor, mode: Pooling) -> Tensor:
-        """One row ``[sequences, width]`` out of ``[sequences, tokens, width]``."""
+        """Pool ``[sequences, tokens, width]`` to ``[sequences, width]``."""
         if mode == "cls":
             return hidden[:, 0]
         if mode == "lasttoken":
             return hidden[torch.arange(len(hidden), device=hidden.device), self._lengths - 1]
-        outside = ~self._mask.unsqueeze(-1)
+        padding = ~self._mask.unsqueeze(-1)
         if mode == "max":
-            return hidden.masked_fill(outside, float("-inf")).amax(dim=1)
-        return hidden.masked_fill(outside, 0).sum(dim=1) / self._lengths.unsqueeze(1)
+            return hidden.masked_fill(padding, float("-inf")).amax(dim=1)
+        return hidden.masked_fill(padding, 0).sum(dim=1) / self._lengths.unsqueeze(1)
 
 
 class Packed:
-    """One row of all tokens, for a model that `prepare_packing` has seen.
+    """All tokens in one batch row, for a model that `prepare_packing` has prepared.
 
     Args:
         batch: At least one sequence.
-        packing: Their lengths.
+        packing: The boundaries of the sequences.
         first_position: The position of a sequence's first token.
-        one_position: Whether the model's last layer answers for one position of each sequence alone.
-        device: Where the tensors go.
+        one_position: Whether the model's last layer computes only one position of each sequence.
+        device: The model's device.
     """
 
     def __init__(
@@ -125,32 +125,32 @@ class Packed:
         device: torch.device,
     ) -> None:
         ids = list(chain.from_iterable(sequence.new_ids for sequence in batch))
-        # A model with segments is not causal: it has no prefixes.
+        # Only causal models have prefixes, and they have no segments.
         type_ids = list(chain.from_iterable(sequence.type_ids for sequence in batch))
         positions = chain.from_iterable(
-            range(first_position + packing.skipped(index), first_position + packing.skipped(index) + length)
-            for index, length in enumerate(packing.lengths)
+            range(first_position + before, first_position + before + length)
+            for before, length in zip(map(packing.prefix_length, range(len(batch))), packing.lengths, strict=True)
         )
-        moved = copy_together([ids, type_ids, list(positions), *packing.index_rows], device)
+        moved = copy_together([ids, type_ids, list(positions), *packing.index_lists], device)
         self._ids, self.type_ids, self._positions = (each[None] for each in moved[:3])
-        packing.place(*moved[3:])
+        packing.set_indices(*moved[3:])
         self.packing = packing
         self._one_position = one_position
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """The arguments of a model's forward, but for segments."""
+        """The arguments of the model's forward, without segments."""
         return {"input_ids": self._ids, "position_ids": self._positions, "packing": self.packing}
 
     def pool(self, hidden: Tensor, mode: Pooling) -> Tensor:
-        """One row ``[sequences, width]`` out of ``[1, tokens, width]``, or of ``[sequences, 1, width]``."""
+        """Pool ``[1, tokens, width]``, or ``[sequences, 1, width]``, to ``[sequences, width]``."""
         if self._one_position:
             return hidden[:, 0]
-        # Unsafe is without a check of the lengths, for which a GPU would be waited for.
+        # unsafe skips a check of the lengths that would wait for the GPU.
         reduce = "mean" if mode == "mean" else "max"
         return torch.segment_reduce(hidden[0], reduce, lengths=self.packing.tokens, unsafe=True)
 
 
-def _rectangle(rows: Sequence[list[int]], width: int, filler: int) -> list[int]:
-    """Return the rows filled up to `width`, one after another."""
-    return list(chain.from_iterable(row + [filler] * (width - len(row)) for row in rows))
+def _pad(sequences: Sequence[list[int]], width: int, filler: int) -> list[int]:
+    """Return the sequences padded to `width`, one after another."""
+    return list(chain.from_iterable(ids + [filler] * (width - len(ids)) for ids in sequences))

@@ -1,4 +1,4 @@
-"""What a causal reranker reads, whichever engine runs it: the template that Qwen3-Reranker was published with."""
+"""Prompts of causal rerankers, for torch and vLLM: the template that Qwen3-Reranker was published with."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from genserve_backend.checkpoints import CheckpointError
 from genserve_backend.rerank.checkpoint import RerankCheckpoint
-from genserve_backend.rerank.prefix import Prefix, shared
+from genserve_backend.rerank.prefix import Prefix, shared_length
 from genserve_backend.rerank.request import RerankRequest
 from genserve_backend.rerank.scorers.base import Slice
 from genserve_backend.rerank.scorers.layouts import TokenSequence
@@ -21,21 +21,21 @@ SUFFIX = "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
 DEFAULT_INSTRUCTION = "Given a web search query, retrieve relevant passages that answer the query"
 ANSWERS = ("no", "yes")
 
-# Models with one of these do something to the logits behind the last matrix, which two rows of it cannot show.
+# These options change the logits after the last matrix, so two of its rows alone would give other scores.
 _LOGIT_CHANGES = ("final_logit_softcapping", "logits_scaling", "logit_scale")
 
 
 class Prompts:
-    """Makes the token ids of prompts.
+    """Builds the token ids of prompts.
 
-    The body of a prompt is tokenised and cut alone, so the question at its end is always asked.
+    Only the body of a prompt is cut to the limit, never the template around it.
 
     Args:
-        checkpoint: Whose prompts, for errors.
+        checkpoint: The checkpoint, for errors.
         config: Its transformers config.
         tokenizer: Its tokenizer.
         max_length: Tokens of a prompt, at most.
-        shares: Whether prompts name what they begin with alike, for an engine that reads it once.
+        shares: Whether prompts name their shared prefix, for `PrefixCache`.
 
     Raises:
         CheckpointError: This is no yes/no reranker, or `max_length` leaves no room for a text.
@@ -56,14 +56,14 @@ class Prompts:
         self.answers = [_answer_id(tokenizer, word, checkpoint) for word in ANSWERS]
         """The token ids of no and yes."""
 
-    def read(self, request: RerankRequest) -> Iterator[Slice]:
-        """One prompt for each document."""
+    def tokenize(self, request: RerankRequest) -> Iterator[Slice]:
+        """Yield a prompt for each window of each document."""
         lead = f"<Instruct>: {request.instruction or DEFAULT_INSTRUCTION}\n<Query>: "
         head = f"{lead}{request.query}\n<Document>: "
         lead_ids, head_ids = one_text(self._tokenizer, lead), one_text(self._tokenizer, head)
         bodies = (head + document for document in request.documents)
         for first, ids, characters in token_ids(self._tokenizer, bodies):
-            prefix = self._shared(lead_ids, head_ids, ids, alone=len(request.documents) == 1)
+            prefix = self._shared_prefix(lead_ids, head_ids, ids, alone=len(request.documents) == 1)
             sequences = [
                 self._prompt(part, document, prefix, truncated=truncated)
                 for document, body in enumerate(ids, first)
@@ -72,8 +72,8 @@ class Prompts:
             yield Slice(sequences, characters - len(head) * len(ids), query_truncated=len(head_ids) > self._room)
 
     def _windows(self, body: list[int], head: list[int], *, at_most: int) -> list[tuple[list[int], bool]]:
-        """A body whose document is too long in parts, each of them behind instruction and query."""
-        kept = shared([body], head)
+        """Split the document of a body that is too long; every window repeats the instruction and the query."""
+        kept = shared_length([body], head)
         if len(body) <= self._room or kept >= self._room or at_most == 1:
             return [(body[: self._room], len(body) > self._room)]
         parts = windows(body[kept:], self._room - kept, at_most=at_most)
@@ -83,16 +83,18 @@ class Prompts:
         ids = self._prefix + body + self._suffix
         return TokenSequence(ids, [0] * len(ids), document, truncated, prefix)
 
-    def _shared(self, lead: list[int], head: list[int], bodies: list[list[int]], *, alone: bool) -> Prefix | None:
-        """What the prompts of `bodies` have in common, and in it what those of other queries have too.
+    def _shared_prefix(
+        self, lead: list[int], head: list[int], bodies: list[list[int]], *, alone: bool
+    ) -> Prefix | None:
+        """Return the prefix that the prompts of `bodies` share. Its parent is shared with other queries.
 
-        A single document gains nothing from its own query's keys and values.
+        A single document shares only the parent: nothing would reuse the keys and values of its query.
         """
         if not self._shares:
             return None
-        instructed = min(shared([head, *bodies], lead), self._room)
+        instructed = min(shared_length([head, *bodies], lead), self._room)
         parent = Prefix(tuple(self._prefix + lead[:instructed]))
-        length = instructed if alone else min(shared(bodies, head), self._room)
+        length = instructed if alone else min(shared_length(bodies, head), self._room)
         return Prefix(tuple(self._prefix + head[:length]), parent) if length > instructed else parent
 
 

@@ -1,9 +1,12 @@
-"""From texts to token ids: tokenising many texts with pauses, and a tokenizer's special tokens around them.
+"""From texts to token ids: tokenization in slices, windows, and the special tokens around texts.
 
-Texts are tokenised bare and cut here, and the special tokens are put around them afterwards. The result is what the
-tokenizer makes of a text or pair with truncation of the last text; but a query is tokenised once for all of its
-documents, the number of tokens that were cut is known, and a document of a million characters costs no more than its
-tokens (tokenizers keep every cut piece of a pair together with a copy of the query).
+Texts are tokenized without special tokens and cut here; the special tokens are added afterwards. The result equals the
+tokenizer's own for a text or pair whose last text is truncated, with three advantages:
+
+- A query is tokenized once for all of its documents.
+- The number of tokens that were cut is available.
+- A document of a million characters takes no more memory than its tokens. (Tokenizers keep every cut piece of a pair
+  together with a copy of the query.)
 """
 
 from __future__ import annotations
@@ -16,23 +19,23 @@ from typing import Any
 from genserve_backend.checkpoints import CheckpointError
 from genserve_backend.rerank.scorers.layouts import TokenSequence
 
-# A slice: some tens of milliseconds of work.
-_TEXTS_AT_ONCE = 64
-_CHARACTERS_AT_ONCE = 200_000
+# The limits of a slice: some tens of milliseconds of work.
+_SLICE_TEXTS = 64
+_SLICE_CHARACTERS = 200_000
 
 OVERLAP = 8
-"""Windows share one token in so many with their neighbours, so that a sentence at an edge is whole in one of them."""
+"""Adjacent windows share one token in `OVERLAP`, so that a sentence at the edge of one is complete in the other."""
 
 
 def token_ids(tokenizer: Any, texts: Iterable[str]) -> Iterator[tuple[int, list[list[int]], int]]:
-    """The ids of each text, without special tokens around it and however long it is, a slice at a time.
+    """Tokenize texts of any length without special tokens, slice by slice.
 
     Args:
         tokenizer: A fast tokenizer.
-        texts: Read as they are needed.
+        texts: Consumed slice by slice.
 
     Yields:
-        The number of the slice's first text, the ids of its texts, and how many characters they have.
+        The index of the slice's first text, the ids of its texts, and their number of characters.
     """
     first = 0
     for group in _groups(texts):
@@ -44,26 +47,25 @@ def token_ids(tokenizer: Any, texts: Iterable[str]) -> Iterator[tuple[int, list[
 
 
 def one_text(tokenizer: Any, text: str) -> list[int]:
-    """The ids of one text."""
+    """Return the ids of one text."""
     ((_, (ids,), _),) = token_ids(tokenizer, [text])
     return ids
 
 
 def windows(ids: list[int], room: int, *, at_most: int) -> list[tuple[list[int], bool]]:
-    """Cut a text that is too long.
+    """Split a text that is too long into overlapping windows.
 
     Args:
         ids: The text's tokens.
-        room: Tokens of a part, at most.
-        at_most: Parts.
+        room: Tokens of a window, at most.
+        at_most: Number of windows, at most.
 
     Returns:
-        Parts that overlap by an eighth of `room`, and for each whether tokens were left out behind it, which only the
-        last may say.
+        The windows, each with whether the text is cut after it, which can be true only for the last.
     """
     stride = max(room - room // OVERLAP, 1)
     count = 1 + max(0, -(-(len(ids) - room) // stride))
-    starts = [number * stride for number in range(min(count, at_most))]
+    starts = [index * stride for index in range(min(count, at_most))]
     return [(ids[start : start + room], start == starts[-1] and start + room < len(ids)) for start in starts]
 
 
@@ -73,7 +75,7 @@ def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
     for text in texts:
         group.append(text)
         characters += len(text)
-        if len(group) >= _TEXTS_AT_ONCE or characters >= _CHARACTERS_AT_ONCE:
+        if len(group) >= _SLICE_TEXTS or characters >= _SLICE_CHARACTERS:
             yield group
             group, characters = [], 0
     if group:
@@ -82,23 +84,23 @@ def _groups(texts: Iterable[str]) -> Iterator[list[str]]:
 
 @dataclass(frozen=True)
 class Template:
-    """The special tokens that a tokenizer puts around one text or around a pair."""
+    """The special tokens of a tokenizer around a single text or a pair."""
 
     gaps: tuple[tuple[int, ...], ...]
     """Token ids before the first text, between the texts, and after the last."""
     gap_types: tuple[tuple[int, ...], ...]
-    """Their segments."""
+    """The segments of those."""
     text_types: tuple[int, ...]
     """The segment of each text's tokens."""
     filler: int
-    """Stands in for a text without any token where there are no special tokens either."""
+    """Replaces an empty text if there are no special tokens either."""
 
     @classmethod
     def of(cls, tokenizer: Any, *, texts: int, filler: int) -> Template:
-        """Ask `tokenizer` what it puts around `texts` (1 or 2) texts.
+        """Return the template of `tokenizer` for 1 or 2 `texts`.
 
         Raises:
-            CheckpointError: It drops even plain letters.
+            CheckpointError: The tokenizer drops even plain letters.
         """
         probe = tokenizer(*["a"] * texts, truncation=False, padding=False, return_token_type_ids=True)
         gaps: list[list[tuple[int, int]]] = [[] for _ in range(texts + 1)]
@@ -123,7 +125,7 @@ class Template:
         return sum(map(len, self.gaps))
 
     def around(self, *texts: list[int], document: int | None, truncated: bool) -> TokenSequence:
-        """Put the special tokens around `texts`, as many as the template is for."""
+        """Return the sequence of `texts` with the special tokens around them."""
         ids = list(self.gaps[0])
         type_ids = list(self.gap_types[0])
         for text, kind, gap, gap_types in zip(texts, self.text_types, self.gaps[1:], self.gap_types[1:], strict=True):
@@ -132,10 +134,10 @@ class Template:
         return TokenSequence(ids or [self.filler], type_ids or [0], document, truncated)
 
     def room(self, max_length: int, *, at_least: int) -> int:
-        """Tokens left for the texts in a sequence of `max_length`.
+        """Return the tokens left for the texts in a sequence of `max_length`.
 
         Raises:
-            CheckpointError: They are fewer than `at_least`.
+            CheckpointError: Fewer than `at_least` are left.
         """
         left = max_length - self.length
         if left < at_least:

@@ -1,7 +1,7 @@
-"""Causal rerankers run by vLLM: its kernels, its cache of keys and values, its tensor parallelism; our prompts.
+"""Causal reranker run by vLLM: its kernels, its prefix cache and its tensor parallelism, with our prompts.
 
-vLLM is optional: only this module imports it, and only where ENGINE says vllm. It scores one of our forwards a call, so
-who goes first, what is cancelled and what is known already stay the engine's business.
+vLLM is optional: only this module imports it, and only if ENGINE is vllm. Each call scores one of our batches, so
+order, cancellation and the score cache stay with our engine.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from genserve_backend.rerank.checkpoint import RerankCheckpoint
 from genserve_backend.rerank.request import RerankRequest
 from genserve_backend.rerank.scorers.base import Scorer, Slice
 from genserve_backend.rerank.scorers.layouts import TokenSequence
-from genserve_backend.rerank.scorers.loading import load_config, load_tokenizer
+from genserve_backend.rerank.scorers.pretrained import load_config, load_tokenizer
 from genserve_backend.rerank.scorers.prompts import ANSWERS, Prompts
 from genserve_backend.settings import RerankSettings
 from genserve_backend.worker.isolate import DeviceLost
@@ -30,31 +30,31 @@ from genserve_backend.worker.isolate import DeviceLost
 KIND = "causal"
 """The kind of reranker that vLLM serves."""
 ENVIRONMENT = {
-    "VLLM_CONFIGURE_LOGGING": "0",  # its lines come out like ours
+    "VLLM_CONFIGURE_LOGGING": "0",  # its log lines have our format
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
-    "VLLM_HOST_IP": "127.0.0.1",  # its processes are all on this machine
+    "VLLM_HOST_IP": "127.0.0.1",  # all of its processes are on this machine
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork would inherit our threads and their locks
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # two workers would be bound to the same cores
 }
-"""How vLLM behaves unless the environment says otherwise."""
+"""Defaults for vLLM's environment variables."""
 CPU_BLOCK = 32
-"""Tokens whose keys and values are kept together on a CPU, where vLLM's own 128 are more than most prompts share."""
+"""Block size of the key-value cache on a CPU, in tokens. vLLM's own 128 is more than most prompts share."""
 
 
 class VllmCausal(Scorer):
     """A ForCausalLM reranker in vLLM.
 
-    A row is the difference of the logits of "yes" and "no" behind the last token; score = its sigmoid.
+    An output is the logit of "yes" minus that of "no" after the last token; score = its sigmoid.
 
     Args:
         checkpoint: The folder to load.
-        settings: The limits, which are passed on to vLLM.
-        device: As torch names it.
+        settings: The limits, passed on to vLLM.
+        device: The device to run on.
         max_length: Tokens of a prompt, at most.
 
     Raises:
-        CheckpointError: vLLM is not there, or cannot serve this checkpoint here.
+        CheckpointError: vLLM is not installed, or cannot serve this checkpoint on this device.
     """
 
     packs = True
@@ -75,7 +75,7 @@ class VllmCausal(Scorer):
             config=config,
             tokenizer=load_tokenizer(checkpoint.path),
             max_length=max_length,
-            shares=False,  # vLLM finds out by itself
+            shares=False,  # vLLM finds shared prefixes by itself
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -88,19 +88,19 @@ class VllmCausal(Scorer):
                 **_limits(config, settings, device, max_length=max_length),
             )
         self._is_parallel = settings.tensor_parallel_size > 1
-        self._tokens_spared = 0
+        self._reused_tokens = 0
 
     @property
-    def prefix_tokens_read(self) -> int:
-        """Below zero: a prompt counts with all of its tokens, and here are those that vLLM knew already."""
-        return -self._tokens_spared
+    def prefix_tokens_reused(self) -> int:
+        """Tokens of the prompts so far that vLLM's prefix cache had already computed."""
+        return self._reused_tokens
 
-    def read(self, request: RerankRequest) -> Iterator[Slice]:
-        """One prompt for each document."""
-        return self._prompts.read(request)
+    def tokenize(self, request: RerankRequest) -> Iterator[Slice]:
+        """Yield a prompt for each window of each document."""
+        return self._prompts.tokenize(request)
 
     def forward(self, batch: Sequence[TokenSequence]) -> torch.Tensor:
-        """Let vLLM score the prompts, in as many steps as it needs.
+        """Score the prompts with vLLM, which may take several steps.
 
         Raises:
             DeviceLost: vLLM has failed and cannot go on.
@@ -110,39 +110,39 @@ class VllmCausal(Scorer):
         prompts = [{"prompt_token_ids": sequence.ids} for sequence in batch]
         logits = PoolingParams(use_activation=False)
         try:
-            answers = self.llm.encode(prompts, logits, pooling_task="classify", use_tqdm=False)
+            results = self.llm.encode(prompts, logits, pooling_task="classify", use_tqdm=False)
         except Exception as error:
             self._recover(error)
             raise
-        self._tokens_spared += sum(answer.num_cached_tokens for answer in answers)
-        return torch.stack([answer.outputs.data for answer in answers]).float().cpu()
+        self._reused_tokens += sum(result.num_cached_tokens for result in results)
+        return torch.stack([result.outputs.data for result in results]).float().cpu()
 
-    def scores(self, rows: torch.Tensor) -> torch.Tensor:
-        """The sigmoid of the only column."""
-        return rows[:, 0].sigmoid()
+    def scores(self, outputs: torch.Tensor) -> torch.Tensor:
+        """Return the sigmoid of the logit differences."""
+        return outputs[:, 0].sigmoid()
 
     def _recover(self, error: Exception) -> None:
-        """Make vLLM fit for the next forward after one that failed, or give it up.
+        """Prepare vLLM for the next forward after a failed one; raise DeviceLost if that is impossible.
 
-        It takes keys and values for known as soon as it plans to compute them, so those of a forward that failed have
-        to be forgotten. Of several processes some may have done the step and others not.
+        vLLM counts keys and values as cached as soon as it plans to compute them, so those of a failed forward have to
+        be evicted. With tensor parallelism only some of its processes may have done the step.
         """
         try:
             engine = self.llm.llm_engine
-            is_fit = not self._is_parallel and not engine.has_unfinished_requests() and engine.reset_prefix_cache()
-        except Exception:  # whatever it is, the first error is the one to tell
-            is_fit = False
-        if not is_fit:
+            is_ready = not self._is_parallel and not engine.has_unfinished_requests() and engine.reset_prefix_cache()
+        except Exception:  # the first error is the one to report
+            is_ready = False
+        if not is_ready:
             raise DeviceLost(f"vLLM cannot go on after {type(error).__name__}") from error
 
 
 def _import_llm(device: torch.device) -> Any:
-    """Import vLLM's engine class, set up for a process that is watched and whose stderr is a log."""
+    """Import vLLM's engine class, configured to live and log inside this worker process."""
     if importlib.util.find_spec("vllm") is None:
         raise CheckpointError("ENGINE is vllm, but the package vllm is not installed in the workers' Python")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    # Its scheduler in this process dies with it. Processes of tensor parallelism end when a pipe to this one closes.
+    # Its scheduler runs in this process and ends with it. Processes of tensor parallelism end when their pipe closes.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     logging.getLogger("vllm").setLevel(logging.ERROR)
     try:
@@ -160,7 +160,7 @@ def _import_llm(device: torch.device) -> Any:
 
 
 def _as_reranker() -> dict[str, Any]:
-    """Has vLLM keep two rows of the last matrix, as their difference, and give it back for each prompt."""
+    """Return the options that make vLLM compute only the difference of the two answers' logits, for each prompt."""
     return {
         "runner": "pooling",
         "convert": "classify",
@@ -170,30 +170,30 @@ def _as_reranker() -> dict[str, Any]:
 
 
 def _limits(config: Any, settings: RerankSettings, device: torch.device, *, max_length: int) -> dict[str, Any]:
-    """Our settings under vLLM's names."""
+    """Translate our settings into vLLM's options."""
     budget = settings.token_budget(str(device))
     dtype = resolve_dtype(settings.dtype, str(device))
     limits: dict[str, Any] = {
         "dtype": dtype,
         "max_num_batched_tokens": budget,
-        "max_num_seqs": min(settings.max_num_seqs, budget),  # it refuses more sequences than tokens
+        "max_num_seqs": min(settings.max_num_seqs, budget),  # vLLM rejects more sequences than tokens
         "enable_prefix_caching": settings.prefix_cache_bytes > 0,
     }
     if device.type == "cuda":
         parallel = settings.tensor_parallel_size
         limits |= {"gpu_memory_utilization": settings.gpu_memory_utilization, "tensor_parallel_size": parallel}
         return limits | ({"distributed_executor_backend": "mp"} if parallel > 1 else {})
-    blocks = -(-max(max_length, budget) // CPU_BLOCK) + 1  # vLLM keeps one for itself
+    blocks = -(-max(max_length, budget) // CPU_BLOCK) + 1  # vLLM reserves one
     forward_bytes = blocks * CPU_BLOCK * _bytes_per_token(config, dtype)
     return limits | {
-        "enforce_eager": True,  # compiling takes minutes of a CPU
+        "enforce_eager": True,  # compiling takes minutes on a CPU
         "block_size": CPU_BLOCK,
         "kv_cache_memory_bytes": forward_bytes + settings.prefix_cache_bytes,
     }
 
 
 def _bytes_per_token(config: Any, dtype: torch.dtype) -> int:
-    """What the keys and values of a token take."""
+    """Return the memory of the keys and values of a token."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -201,7 +201,7 @@ def _bytes_per_token(config: Any, dtype: torch.dtype) -> int:
 
 
 def _require_no_bias(checkpoint: RerankCheckpoint) -> None:
-    """Refuse a bias of the logits: vLLM makes the rows of two words a matrix of its own, and leaves it out."""
+    """Raise CheckpointError for a bias of the logits, which vLLM ignores when it extracts the answers' weights."""
     for file in checkpoint.path.glob("*.safetensors"):
         with safe_open(file, framework="pt") as weights:
             if "lm_head.bias" in weights.keys():  # noqa: SIM118  # no mapping

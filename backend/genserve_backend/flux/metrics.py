@@ -1,0 +1,24 @@
+"""Metrics of the FLUX engine; flux/report.py counts them."""
+
+from __future__ import annotations
+
+from genserve_backend.worker.metrics import ENGINE_METRICS, Counter, Gauge, Histogram, Metric, stage_seconds
+
+DECODING = Gauge("genserve_decoding", "Images that are being decoded")
+STEPS = Counter("genserve_steps_total", "Denoising steps, counted per image")
+PREEMPTIONS = Counter("genserve_preemptions_total", "Times an image lost its slot to a more urgent one")
+ENCODE_SECONDS = stage_seconds("encode")
+DENOISE_SECONDS = stage_seconds("denoise")
+DECODE_SECONDS = stage_seconds("decode")
+BATCH_SIZE = Histogram("genserve_batch_size", "Images per forward", (1, 2, 4, 8, 12, 16, 24, 32, 64))
+
+METRICS: tuple[Metric, ...] = (
+    *ENGINE_METRICS,
+    DECODING,
+    STEPS,
+    PREEMPTIONS,
+    ENCODE_SECONDS,
+    DENOISE_SECONDS,
+    DECODE_SECONDS,
+    BATCH_SIZE,
+)

@@ -1,0 +1,1 @@
+"""Measurements of one property each: priority, fairness, faults, padding, quality."""
