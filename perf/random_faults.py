@@ -257,6 +257,8 @@ class Faults:
                 found = "genserve_backend.worker.process" in line and model == _model_of(process)
             elif kind == "stub":
                 found = "triton_python_backend_stub" in line[0] and f"/{model}/1/model.py" in " ".join(line)
+            elif kind == "serve":
+                found = line[1:4] == ["-m", "genserve", "serve"]
             else:
                 found = line[0].endswith("/tritonserver")
             if found:
@@ -294,19 +296,21 @@ def run(*, seconds: float, count: int, seed: int, callers: int, log: Path) -> Re
     """
     mark = f"{os.getpid()}-{seed}"
     report = Report(seed, seconds)
-    segments = set(SHM_FOLDER.glob(f"{SHM_PREFIX}-*"))
     environment = {"HANG_TIMEOUT": str(HANG_TIMEOUT_S), MARK_ENV: mark}
     with own_server(("flux", "rerank", "tasks"), log=log, environment=environment) as addresses:
         faults = Faults(mark, f"http://{addresses['http']}", seed=seed)
         load = Load(dict(addresses), report, callers=callers, seed=seed)
         load.ask_once()
+        server = faults.find("genserve serve")
+        if server is None:
+            raise ServeError("the server is gone before the first fault")
         started = time.monotonic()
         with load.running():
             while time.monotonic() - started < seconds or len(report.faults) < count:
                 report.faults.append(faults.hit(since=started))
             report.seconds = time.monotonic() - started
     report.leftover = [f"process {process.pid}: {' '.join(line)[:120]}" for process, line in faults.processes()]
-    report.leftover += [str(path) for path in sorted(set(SHM_FOLDER.glob(f"{SHM_PREFIX}-*")) - segments)]
+    report.leftover += [str(path) for path in sorted(SHM_FOLDER.glob(f"{SHM_PREFIX}-{server.pid}-*"))]
     return report
 
 
@@ -329,7 +333,7 @@ def table(report: Report) -> Table:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option("--seconds", type=click.FloatRange(min=1), default=300.0, show_default=True, help="Length of the load, at least.")
+@click.option("--seconds", type=click.FloatRange(min=1), default=300.0, show_default=True, help="At least so long.")
 @click.option("--faults", "count", type=click.IntRange(min=1), default=20, show_default=True, help="At least so many.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Decides requests and faults.")
 @click.option(
