@@ -1,0 +1,1 @@
+"""Measurements of GenServe on a GPU, in three calls of a few minutes each."""
