@@ -133,16 +133,27 @@ class Clock:
     def _event(self) -> torch.cuda.Event | None:
         return torch.cuda.Event(enable_timing=True) if self.on_gpu else None  # type: ignore[no-untyped-call]
 
-    def seconds(self, call: Callable[[], Any], repeats: int = 3) -> tuple[float, float]:
-        """Return the median seconds of a call after a first one, and the seconds of the first one."""
-        seconds = []
-        for _ in range(1 + (1 if self._brief else repeats)):
-            self.wait()
-            started = time.perf_counter()
-            call()
-            self.wait()
-            seconds.append(time.perf_counter() - started)
-        return statistics.median(seconds[1:]), seconds[0]
+    def seconds(self, call: Callable[[], Any], *, repeats: int = 3, enough_s: float = 8.0) -> tuple[float, float]:
+        """Return the median seconds of a call after a first one, and the seconds of the first one.
+
+        Args:
+            call: Function to measure.
+            repeats: Maximum number of calls after the first one.
+            enough_s: Seconds of these calls after which no further one starts.
+        """
+        first_s = self._whole(call)
+        seconds = [self._whole(call)]
+        while not self._brief and len(seconds) < repeats and sum(seconds) < enough_s:
+            seconds.append(self._whole(call))
+        return statistics.median(seconds), first_s
+
+    def _whole(self, call: Callable[[], Any]) -> float:
+        """Return the seconds until all of a call's work is done."""
+        self.wait()
+        started = time.perf_counter()
+        call()
+        self.wait()
+        return time.perf_counter() - started
 
     def memory(self) -> dict[str, float | None]:
         """Return megabytes in use, their peak since `forget_peak`, and megabytes reserved; None on a CPU."""

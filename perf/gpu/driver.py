@@ -12,6 +12,8 @@ from genserve_backend.worker.messages import Done, Event, Failed, Heartbeat, Sub
 
 NO_DEADLINE_S = 36_000.0
 NO_JOB = 0
+PAUSE_S = 0.001
+"""Wait between the caller's turns: without it they would starve the engine's other threads of the interpreter."""
 
 
 class Driver:
@@ -77,7 +79,7 @@ class SteppedDriver(Driver):
         """Take turns until these jobs are done; return their results."""
         while not all(job in self.results for job in jobs):
             self.turn()
-            self.receive()
+            self.receive(timeout_s=PAUSE_S)
         return [self.results.pop(job) for job in jobs]
 
     def cancel(self, jobs: Sequence[int]) -> None:
