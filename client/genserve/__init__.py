@@ -7,6 +7,8 @@
 """
 
 from genserve.access import TLS
+from genserve.aio import AsyncClient
+from genserve.bulk import MapResult
 from genserve.client import Client
 from genserve.errors import (
     Cancelled,
@@ -19,16 +21,19 @@ from genserve.errors import (
     ServerError,
     ServerUnavailable,
 )
+from genserve.handles import AsyncTask, Task
 from genserve.protocol import Call, Outputs
-from genserve.transport import Transport
+from genserve.transport import AsyncTransport, Transport
 from genserve.types import (
     GeneratedImage,
     ImageFormat,
+    InstanceLoad,
     ModelStatus,
     Priority,
     RankedDocument,
     Ranking,
     ServerStatus,
+    Setting,
     TaskState,
     TaskStatus,
 )
@@ -37,6 +42,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "TLS",
+    "AsyncClient",
+    "AsyncTask",
+    "AsyncTransport",
     "Call",
     "Cancelled",
     "Client",
@@ -44,7 +52,9 @@ __all__ = [
     "GenServeError",
     "GeneratedImage",
     "ImageFormat",
+    "InstanceLoad",
     "InvalidInput",
+    "MapResult",
     "ModelStatus",
     "NotAllowed",
     "OutOfMemory",
@@ -56,6 +66,8 @@ __all__ = [
     "ServerError",
     "ServerStatus",
     "ServerUnavailable",
+    "Setting",
+    "Task",
     "TaskState",
     "TaskStatus",
     "Transport",

@@ -33,13 +33,34 @@ class Address:
 
     Attributes:
         scheme: ``grpc``, ``grpcs``, ``http`` or ``https``.
-        authority: ``host:port``, with brackets around an IPv6 address.
+        authority: ``host:port`` to connect to, with brackets around an IPv6 address.
         prefix: The path before Triton's own, without a trailing slash. HTTP only.
+        named: ``host:port`` as in the URL, if `authority` is one of the addresses of that name; else empty.
     """
 
     scheme: str
     authority: str
     prefix: str = ""
+    named: str = ""
+
+    @property
+    def host(self) -> str:
+        """The host of `authority`, without brackets."""
+        return _split(self.authority)[0]
+
+    @property
+    def port(self) -> int:
+        """The port of `authority`."""
+        return _split(self.authority)[1]
+
+    @property
+    def url(self) -> str:
+        """The address as a URL; gRPC without TLS has no scheme."""
+        return f"{'' if self.scheme == 'grpc' else self.scheme + '://'}{self.authority}{self.prefix}"
+
+    def at(self, host: str) -> Address:
+        """Return one of the addresses of this name. Certificates are still checked for the name."""
+        return Address(self.scheme, _join(host, self.port), self.prefix, named=self.authority)
 
     @property
     def is_grpc(self) -> bool:
@@ -73,7 +94,16 @@ class Address:
         is_plain = not (parts.query or parts.fragment) and url.isprintable() and " " not in url
         if not (is_supported and is_plain and host and port) or (prefix and parts.scheme in GRPC_SCHEMES):
             raise invalid
-        return cls(parts.scheme, f"[{host}]:{port}" if ":" in host else f"{host}:{port}", prefix)
+        return cls(parts.scheme, _join(host, port), prefix)
+
+
+def _join(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _split(authority: str) -> tuple[str, int]:
+    host, _, port = authority.rpartition(":")
+    return host.strip("[]"), int(port)
 
 
 @dataclass(frozen=True)

@@ -4,39 +4,43 @@ from __future__ import annotations
 
 from typing import Any
 
-import tritonclient.grpc as triton_grpc
+import tritonclient.grpc.aio as triton_grpc
 
 from genserve.access import TLS, Address
 from genserve.errors import InvalidInput
+from genserve.per_loop import PerLoop
 from genserve.protocol import Call, Outputs
 from genserve.wire import PROBE_TIMEOUT_S, infer_options, input_tensor, parse_outputs, translated
 
 MAX_MESSAGE_BYTES = 2**31 - 1
+CHANNEL_OPTIONS = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    # Reconnect to a restarted server within a second; gRPC's default backoff is longer.
+    ("grpc.max_reconnect_backoff_ms", 1000),
+)
 
 
 class GrpcTransport:
     """Transport over gRPC. Headers are sent as metadata."""
 
+    cancels_on_hangup = True
+
     def __init__(self, url: str, address: Address, tls: TLS, headers: dict[str, str]) -> None:
         self.url = url
         # gRPC requires lower-case names.
         self._headers = {name.lower(): value for name, value in headers.items()}
-        self._client = triton_grpc.InferenceServerClient(
-            address.authority,
-            channel_args=[
-                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-                # Reconnect to a restarted server within a second; gRPC's default backoff is longer.
-                ("grpc.max_reconnect_backoff_ms", 1000),
-            ],
-            **(_security(tls) if address.is_secure else {}),
+        options = [*CHANNEL_OPTIONS, *_names(address)]
+        security = _security(tls) if address.is_secure else {}
+        self._clients = PerLoop(
+            lambda: triton_grpc.InferenceServerClient(address.authority, channel_args=options, **security)
         )
 
-    def infer(self, call: Call, timeout_s: float) -> Outputs:
+    async def infer(self, call: Call, timeout_s: float) -> Outputs:
         """See Transport."""
         inputs = [input_tensor(triton_grpc.InferInput, name, array) for name, array in call.inputs.items()]
         with translated(self.url, call.request_id):
-            result = self._client.infer(
+            result = await self._clients.get().infer(
                 call.model,
                 inputs,
                 outputs=[triton_grpc.InferRequestedOutput(name) for name in call.outputs],
@@ -46,33 +50,47 @@ class GrpcTransport:
             )
             return parse_outputs(result, call)
 
-    def live(self) -> bool:
+    async def live(self) -> bool:
         """See Transport."""
-        return bool(self._probe(self._client.is_server_live))
+        return bool(await self._ask("is_server_live"))
 
-    def ready(self) -> bool:
+    async def ready(self, model: str = "") -> bool:
+        """See AsyncTransport."""
+        return bool(await (self._ask("is_model_ready", model) if model else self._ask("is_server_ready")))
+
+    async def metadata(self) -> dict[str, Any]:
         """See Transport."""
-        return bool(self._probe(self._client.is_server_ready))
+        return dict(await self._ask("get_server_metadata", as_json=True))
 
-    def metadata(self) -> dict[str, Any]:
+    async def models(self) -> list[dict[str, Any]]:
         """See Transport."""
-        return dict(self._probe(self._client.get_server_metadata, as_json=True))
+        return list((await self._ask("get_model_repository_index", as_json=True)).get("models", []))
 
-    def models(self) -> list[dict[str, Any]]:
+    async def statistics(self) -> list[dict[str, Any]]:
         """See Transport."""
-        return list(self._probe(self._client.get_model_repository_index, as_json=True).get("models", []))
+        return list((await self._ask("get_inference_statistics", as_json=True)).get("model_stats", []))
 
-    def statistics(self) -> list[dict[str, Any]]:
+    async def close(self) -> None:
         """See Transport."""
-        return list(self._probe(self._client.get_inference_statistics, as_json=True).get("model_stats", []))
+        client = self._clients.pop()
+        if client is not None:
+            await client.close()
 
-    def close(self) -> None:
-        """See Transport."""
-        self._client.close()
-
-    def _probe(self, method: Any, **options: Any) -> Any:
+    async def _ask(self, method: str, *arguments: Any, **options: Any) -> Any:
         with translated(self.url):
-            return method(headers=self._headers, client_timeout=PROBE_TIMEOUT_S, **options)
+            ask = getattr(self._clients.get(), method)
+            return await ask(*arguments, headers=self._headers, client_timeout=PROBE_TIMEOUT_S, **options)
+
+
+def _names(address: Address) -> list[tuple[str, str]]:
+    """Return the options that connect to one address of a name as if it were the name."""
+    if not address.named:
+        return []
+    name = address.named.rpartition(":")[0].strip("[]")
+    return [
+        ("grpc.default_authority", address.named),
+        *([("grpc.ssl_target_name_override", name)] if address.is_secure else []),
+    ]
 
 
 def _security(tls: TLS) -> dict[str, Any]:

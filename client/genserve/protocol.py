@@ -7,13 +7,22 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import numpy as np
 import numpy.typing as npt
 
 from genserve.errors import InvalidInput, ServerError
-from genserve.types import GeneratedImage, Priority, RankedDocument, Ranking, TaskState, TaskStatus
+from genserve.types import (
+    GeneratedImage,
+    InstanceLoad,
+    Priority,
+    RankedDocument,
+    Ranking,
+    Setting,
+    TaskState,
+    TaskStatus,
+)
 
 PRIORITIES: dict[Priority, int] = {"high": 1, "normal": 2, "low": 3}
 """Triton's priority levels; 1 is served first."""
@@ -64,6 +73,7 @@ Outputs = dict[str, npt.NDArray[Any]]
 """Arrays by tensor name."""
 
 Json = TypeVar("Json", dict[str, Any], list[dict[str, Any]])
+Record = TypeVar("Record", InstanceLoad, Setting)
 
 
 def generate_call(
@@ -145,6 +155,33 @@ def task_status(outputs: Outputs) -> TaskStatus:
 def task_list(outputs: Outputs) -> list[TaskStatus]:
     """Return the tasks in the answer to ``list``, without previews."""
     return [_task(task) for task in _decoded("TASK", outputs["TASK"].item(), list)]
+
+
+def instance_loads(outputs: Outputs) -> list[InstanceLoad]:
+    """Return the instances in the answer to ``load``."""
+    return [_record(InstanceLoad, item) for item in _decoded("TASK", outputs["TASK"].item(), list)]
+
+
+def settings_in_force(outputs: Outputs) -> list[Setting]:
+    """Return the settings in the answer to ``config``."""
+    return [_record(Setting, item) for item in _decoded("TASK", outputs["TASK"].item(), list)]
+
+
+def _record(kind: type[Record], item: object) -> Record:
+    """Return a JSON object as `kind`. Every field must be there with its type; other fields are ignored."""
+    if not isinstance(item, dict):
+        raise ServerError(f"TASK holds {type(item).__name__} in place of {kind.__name__}")
+    values = {}
+    for name, annotation in get_type_hints(kind).items():
+        if name == "url":  # known to the client only
+            continue
+        if name not in item:
+            raise ServerError(f"TASK holds {kind.__name__} without {name}")
+        values[name] = value = item[name]
+        # type() rather than isinstance(): to Python, True is an int.
+        if annotation is not Any and type(value) not in (get_args(annotation) or (annotation,)):
+            raise ServerError(f"TASK holds {kind.__name__} with {name} {value!r:.80}")
+    return kind(**values)
 
 
 def _task(task: dict[str, Any], preview: bytes = b"") -> TaskStatus:

@@ -7,9 +7,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
+import numpy as np
+import numpy.typing as npt
 from PIL import Image
+
+from genserve.image_files import file_bytes
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Priority = Literal["high", "normal", "low"]
 """Priority of a request."""
@@ -21,7 +28,7 @@ TaskState = Literal["waiting", "running", "done", "failed", "cancelled", "unknow
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """Generated image with its seed and settings.
+    """Generated image with its seed and settings. Notebooks show it, and ``np.asarray`` takes it.
 
     Attributes:
         data: The encoded file, with the settings in its metadata.
@@ -39,8 +46,29 @@ class GeneratedImage:
         return _decoded(self.data)
 
     def save(self, path: str | Path) -> None:
-        """Write the encoded file."""
-        Path(path).write_bytes(self.data)
+        """Write the image to a file.
+
+        Args:
+            path: The file. Without a suffix, or with one that fits the encoding, its bytes are `data`. With another
+                suffix, as ``.jpg`` or ``.webp``, the image is converted. The settings stay in the metadata of formats
+                that have a place for them.
+
+        Raises:
+            InvalidInput: Pillow writes no files with this suffix.
+            OSError: The file cannot be written.
+        """
+        path = Path(path)
+        path.write_bytes(file_bytes(self.data, path.suffix))
+
+    def __array__(self, dtype: npt.DTypeLike | None = None, copy: bool | None = None) -> npt.NDArray[Any]:
+        """Return the pixels as a new array, height x width x 3, uint8 unless another `dtype` is given."""
+        if copy is False:
+            raise ValueError("an image is decoded into a new array; allowed: copy=None or True")
+        return np.array(self.image.convert("RGB"), dtype=dtype)
+
+    def _repr_png_(self) -> bytes:
+        """Return a PNG file for notebooks, whatever the encoding."""
+        return file_bytes(self.data, ".png")
 
 
 @dataclass(frozen=True)
@@ -76,6 +104,25 @@ class Ranking(Sequence[RankedDocument]):
     def truncated(self) -> tuple[int, ...]:
         """Indices of the documents truncated at the model's length limit."""
         return tuple(self.info.get("truncated", ()))
+
+    def to_pandas(self) -> pd.DataFrame:
+        """Return a table with the columns index, score and document, the best document first.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        try:
+            import pandas as pd
+        except ModuleNotFoundError as error:
+            raise ImportError("Ranking.to_pandas needs pandas: pip install 'genserve[pandas]'") from error
+        # With their types, which an empty table would not have.
+        return pd.DataFrame(
+            {
+                "index": pd.Series([each.index for each in self], dtype="int64"),
+                "score": pd.Series([each.score for each in self], dtype="float64"),
+                "document": pd.Series([each.document for each in self], dtype="str"),
+            }
+        )
 
     @overload
     def __getitem__(self, index: int) -> RankedDocument: ...
@@ -190,6 +237,57 @@ class ServerStatus:
     models: tuple[ModelStatus, ...]
     tasks: tuple[TaskStatus, ...]
     error: str = ""
+
+
+@dataclass(frozen=True)
+class InstanceLoad:
+    """Load of one instance of a model.
+
+    Attributes:
+        instance: Triton's name of the instance, as ``flux_0_0``.
+        model: The instance's model.
+        device: ``cuda:N`` or ``cpu``.
+        gpu_id: Triton's GPU id; None on a CPU.
+        running: Tasks in progress.
+        waiting: Tasks that wait at the instance; without those in Triton's queue.
+        memory_used: Bytes that the worker holds: GPU memory, or its resident set on a CPU. None while it is unknown,
+            like the next two.
+        memory_free: Free bytes of the GPU, or available bytes of the machine.
+        memory_total: All bytes of the GPU or of the machine.
+        ready: False while the worker is started or replaced.
+        url: The server's address.
+    """
+
+    instance: str
+    model: str
+    device: str
+    gpu_id: int | None
+    running: int
+    waiting: int
+    memory_used: int | None
+    memory_free: int | None
+    memory_total: int | None
+    ready: bool
+    url: str = ""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Setting in force.
+
+    Attributes:
+        model: The model that has the setting.
+        name: The parameter's name.
+        value: The value: a string, a number, a boolean, a list or None.
+        source: ``environment VARIABLE``, ``config.pbtxt``, ``MODEL_SIZE`` for a limit that it sets, or ``default``.
+        url: The server's address.
+    """
+
+    model: str
+    name: str
+    value: Any
+    source: str
+    url: str = ""
 
 
 def _decoded(data: bytes) -> Image.Image:

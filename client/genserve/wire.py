@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import ssl
 from collections.abc import Iterator
 from typing import Any
 
-import urllib3
 from tritonclient.utils import InferenceServerException
 
 from genserve.errors import (
-    DeadlineExceeded,
     GenServeError,
     NotAllowed,
     ServerError,
@@ -75,10 +75,8 @@ def translated(url: str, request_id: str = "") -> Iterator[None]:
         raise answer_error(
             url, error.status(), error.message() or "", request_id=request_id, retry_after=_retry_after(error)
         ) from error
-    except urllib3.exceptions.ReadTimeoutError as error:
-        raise DeadlineExceeded(f"{url} did not answer in time") from error
-    except (urllib3.exceptions.HTTPError, OSError) as error:
-        raise ServerUnavailable(f"{url}: {_reason(error)}") from error
+    except OSError as error:
+        raise ServerUnavailable(f"{url}: {reason(error)}") from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ServerError(f"{url} sent an answer that is not Triton's: {error}") from error
 
@@ -93,10 +91,14 @@ def _retry_after(error: InferenceServerException) -> str | None:
     return None
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """Return the operating system's message for a failed connection, else the error's own."""
     cause: BaseException | None = error
     while cause is not None:
+        if isinstance(cause, ssl.SSLError):
+            return str(cause)
+        if isinstance(cause, OSError) and (cause.errno or 0) > 0:
+            return os.strerror(cause.errno or 0)  # asyncio words its own
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror
         cause = cause.__cause__ or cause.__context__

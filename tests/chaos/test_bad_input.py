@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
+from blocking import BlockingTransport
 from conftest import Server
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
@@ -192,12 +193,11 @@ def test_connection_cut_within_a_request_does_no_harm(server: Server) -> None:
 
 def test_unknown_model_and_missing_server_are_reported(server: Server) -> None:
     from genserve.protocol import Call
-    from genserve.transport import connect
 
     call = Call("nothing", {"PROMPT": np.array([[b"x"]], dtype=object)}, ("IMAGE",))
     for url in (server.grpc, server.http):
         with pytest.raises((ServerUnavailable, InvalidInput), match="nothing"):
-            connect(url).infer(call, 10.0)
+            BlockingTransport(url).infer(call, 10.0)
     for url in ("localhost:1", "http://localhost:1"):
         with Client(url) as client, pytest.raises(ServerUnavailable, match="localhost:1"):
             client.generate("x")

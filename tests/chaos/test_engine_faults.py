@@ -14,13 +14,13 @@ import numpy as np
 import psutil
 import pytest
 import tritonclient.grpc as triton_grpc
+from blocking import BlockingTransport
 from conftest import HANG_TIMEOUT_S, Server, wait_until
 from pictures import Pixels, levels, same
 from tritonclient.utils import InferenceServerException
 
 from genserve import Client
 from genserve.protocol import tasks_call
-from genserve.transport import connect
 
 IN_FLIGHT = 8
 REQUESTS = [{"prompt": f"number {seed}", "steps": 84 + seed, "seed": seed} for seed in range(2 * IN_FLIGHT)]
@@ -93,7 +93,7 @@ class Caller:
 
     def __init__(self, server: Server) -> None:
         self._client = triton_grpc.InferenceServerClient(server.grpc)
-        self._tasks = connect(server.grpc)
+        self._tasks = BlockingTransport(server.grpc)
 
     def call(self, name: str, *, steps: int, cancel: Callable[[Any, str], None] | None) -> str:
         """Send one request; return its outcome."""

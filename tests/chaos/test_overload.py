@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
+from blocking import BlockingTransport
 from conftest import Server, serving, wait_until
 from tritonclient.utils import InferenceServerException
 
 from genserve import Cancelled, Client, DeadlineExceeded, GeneratedImage, QueueFull
 from genserve.protocol import tasks_call
-from genserve.transport import connect
 
 LONG = {"steps": 100, "height": 384, "width": 384}
 
@@ -111,7 +111,7 @@ def bare_long(server: Server, *, task_id: str, callback: Any, timeout_us: int | 
 
 
 def task_state(server: Server, task_id: str, action: str = "status") -> str:
-    transport = connect(server.grpc)
+    transport = BlockingTransport(server.grpc)
     try:
         return str(json.loads(transport.infer(tasks_call(action, task_id), 10.0)["TASK"].item())["state"])
     finally:

@@ -16,7 +16,6 @@ import grpc
 import pytest
 from conftest import PROTOCOLS, Server, wait_until
 from nginx import KEY, MAX_BODY_MB, Nginx, running_nginx
-from urllib3.exceptions import InsecureRequestWarning
 
 from genserve import (
     TLS,
@@ -91,7 +90,7 @@ def test_certificate_of_an_unknown_authority_is_rejected(proxy: Nginx, server: S
 
 
 def test_http_works_without_verification(proxy: Nginx, server: Server) -> None:
-    with proxy.client("http", tls=TLS(verify=False)) as client, pytest.warns(InsecureRequestWarning):
+    with pytest.warns(RuntimeWarning, match="not verified"), proxy.client("http", tls=TLS(verify=False)) as client:
         assert client.rerank("q", ["a"])
 
 

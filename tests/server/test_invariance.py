@@ -10,12 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from blocking import BlockingTransport
 from conftest import PROTOCOLS, Server, wait_until
 from pictures import Pixels, levels, same
 
 from genserve import Cancelled, Client
 from genserve.protocol import tasks_call
-from genserve.transport import connect
 
 COUNT = 50
 
@@ -76,7 +76,7 @@ def test_concurrent_requests_do_not_change_an_image(alone: list[Pixels], client:
 
 def test_cancelled_neighbours_do_not_change_an_image(alone: list[Pixels], client: Client, pair: Server) -> None:
     names = [f"unwanted-{time.monotonic_ns()}-{index}" for index in range(4)]
-    transport = connect(pair.grpc)
+    transport = BlockingTransport(pair.grpc)
     with ThreadPoolExecutor(COUNT + len(names)) as pool:
         unwanted = [pool.submit(client.generate, "unwanted", steps=100, task_id=name) for name in names]
         future = pool.submit(all_at_once, client, pool)

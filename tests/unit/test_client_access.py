@@ -90,7 +90,6 @@ def test_address_selects_the_transport(url: str, kind: type) -> None:
     transport = connect(url)
     assert isinstance(transport, kind)
     assert transport.url == url
-    transport.close()
 
 
 @pytest.fixture
@@ -117,8 +116,8 @@ def files(tmp_path: Path) -> dict[str, Path]:
 @pytest.mark.parametrize("url", ["https://localhost", "grpcs://localhost"], ids=["https", "grpcs"])
 @pytest.mark.parametrize("names", [{}, {"ca"}, {"cert", "key"}, {"ca", "cert", "key"}], ids=str)
 def test_valid_certificates_are_accepted(url: str, names: set[str], files: dict[str, Path]) -> None:
-    connect(url, tls=TLS(**{name: files[name] for name in names})).close()
-    connect(url, tls=TLS(**{name: str(files[name]) for name in names})).close()
+    connect(url, tls=TLS(**{name: files[name] for name in names}))
+    connect(url, tls=TLS(**{name: str(files[name]) for name in names}))
 
 
 @pytest.mark.parametrize("url", ["https://localhost", "grpcs://localhost"], ids=["https", "grpcs"])
@@ -146,14 +145,15 @@ def test_unusable_certificate_file_is_rejected(
 def test_verify_false_works_over_http_only() -> None:
     assert TLS(verify=False).context().verify_mode is ssl.CERT_NONE
     assert TLS().context().verify_mode is ssl.CERT_REQUIRED
-    connect("https://localhost", tls=TLS(verify=False)).close()
+    with pytest.warns(RuntimeWarning, match="not verified"):
+        connect("https://localhost", tls=TLS(verify=False))
     with pytest.raises(InvalidInput, match="TLS verify is False; allowed over gRPC: True"):
         connect("grpcs://localhost", tls=TLS(verify=False))
 
 
 @pytest.mark.parametrize("url", ["localhost:1", "http://localhost:1"], ids=["grpc", "http"])
 def test_plain_address_ignores_certificates(url: str, files: dict[str, Path]) -> None:
-    connect(url, tls=TLS(ca=files["none"])).close()
+    connect(url, tls=TLS(ca=files["none"]))
 
 
 @pytest.mark.parametrize(

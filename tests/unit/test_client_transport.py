@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
+from blocking import BlockingTransport
 from tritonclient.grpc import service_pb2 as messages
 
 from genserve import (
@@ -25,7 +26,6 @@ from genserve import (
     ServerUnavailable,
 )
 from genserve.protocol import Call
-from genserve.transport import Transport, connect
 
 HEADERS = {"Authorization": "Bearer right", "X-Tenant": "a"}
 CALL = Call("rerank", {"QUERY": np.array([[b"q"]], dtype=np.object_)}, ("SCORES",), priority=1, request_id="mine")
@@ -79,13 +79,13 @@ def http_server() -> Iterator[HttpServer]:
 
 
 @pytest.fixture
-def http(http_server: HttpServer) -> Iterator[Transport]:
-    transport = connect(f"http://127.0.0.1:{http_server.server_port}/team", headers=HEADERS)
+def http(http_server: HttpServer) -> Iterator[BlockingTransport]:
+    transport = BlockingTransport(f"http://127.0.0.1:{http_server.server_port}/team", headers=HEADERS)
     yield transport
     transport.close()
 
 
-Verb = Callable[[Transport], Any]
+Verb = Callable[[BlockingTransport], Any]
 VERBS: dict[str, Verb] = {
     "infer": lambda transport: transport.infer(CALL, 2.5)["SCORES"].item(),
     "live": lambda transport: transport.live(),
@@ -113,14 +113,16 @@ PATHS = {
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_http_sends_headers_and_prefix_with_every_request(verb: str, http: Transport, http_server: HttpServer) -> None:
+def test_http_sends_headers_and_prefix_with_every_request(
+    verb: str, http: BlockingTransport, http_server: HttpServer
+) -> None:
     assert VERBS[verb](http) == RESULTS[verb]
     ((_, path, headers, _),) = http_server.seen
     assert path == PATHS[verb]
     assert {name: headers[name] for name in HEADERS} == HEADERS
 
 
-def test_http_sends_request_id_priority_and_timeout(http: Transport, http_server: HttpServer) -> None:
+def test_http_sends_request_id_priority_and_timeout(http: BlockingTransport, http_server: HttpServer) -> None:
     http.infer(CALL, 2.5)
     ((_, _, headers, body),) = http_server.seen
     sent = json.loads(body[: int(headers["Inference-Header-Content-Length"])])
@@ -156,7 +158,12 @@ def test_http_sends_request_id_priority_and_timeout(http: Transport, http_server
     ids=lambda value: str(value) if isinstance(value, int) else "",
 )
 def test_http_error_status_becomes_an_exception(
-    status: int, content: bytes, kind: type[GenServeError], message: str, http: Transport, http_server: HttpServer
+    status: int,
+    content: bytes,
+    kind: type[GenServeError],
+    message: str,
+    http: BlockingTransport,
+    http_server: HttpServer,
 ) -> None:
     http_server.answer = (status, {"Location": "http://127.0.0.1:1/"}, content)
     with pytest.raises(kind, match=message) as caught:
@@ -165,7 +172,7 @@ def test_http_error_status_becomes_an_exception(
     assert "Bearer" not in str(caught.value)
 
 
-def test_http_passes_on_retry_after(http: Transport, http_server: HttpServer) -> None:
+def test_http_passes_on_retry_after(http: BlockingTransport, http_server: HttpServer) -> None:
     http_server.answer = (429, {"Retry-After": "7"}, b"")
     with pytest.raises(QueueFull) as caught:
         http.infer(CALL, 2.5)
@@ -177,26 +184,30 @@ def test_http_passes_on_retry_after(http: Transport, http_server: HttpServer) ->
     [b"<html>", b"[]", b"{}", b'{"model_name": "rerank", "outputs": []}', b""],
     ids=["html", "list", "no-outputs", "missing-output", "empty"],
 )
-def test_http_malformed_answer_is_a_server_error(content: bytes, http: Transport, http_server: HttpServer) -> None:
+def test_http_malformed_answer_is_a_server_error(
+    content: bytes, http: BlockingTransport, http_server: HttpServer
+) -> None:
     http_server.answer = (200, {}, content)
     with pytest.raises(ServerError, match="sent an answer that is not Triton's"):
         http.infer(CALL, 2.5)
 
 
-def test_http_truncated_answer_is_server_unavailable(http: Transport, http_server: HttpServer) -> None:
+def test_http_truncated_answer_is_server_unavailable(http: BlockingTransport, http_server: HttpServer) -> None:
     http_server.answer = (200, {"Content-Length": "100", "Connection": "close"}, b"{")
     with pytest.raises(ServerUnavailable):
         http.infer(CALL, 2.5)
 
 
 @pytest.mark.parametrize(("status", "ready"), [(200, True), (400, False), (503, False)], ids=str)
-def test_http_health_follows_the_status(status: int, ready: bool, http: Transport, http_server: HttpServer) -> None:
+def test_http_health_follows_the_status(
+    status: int, ready: bool, http: BlockingTransport, http_server: HttpServer
+) -> None:
     http_server.answer = (status, {}, b"")
     assert http.ready() is ready
 
 
 @pytest.mark.parametrize("status", [401, 403])
-def test_http_health_raises_not_allowed(status: int, http: Transport, http_server: HttpServer) -> None:
+def test_http_health_raises_not_allowed(status: int, http: BlockingTransport, http_server: HttpServer) -> None:
     http_server.answer = (status, {}, b"")
     with pytest.raises(NotAllowed):
         http.live()
@@ -249,12 +260,12 @@ def grpc_server() -> GrpcServer:
 
 
 @pytest.fixture
-def grpc_transport(grpc_server: GrpcServer) -> Iterator[Transport]:
+def grpc_transport(grpc_server: GrpcServer) -> Iterator[BlockingTransport]:
     with ThreadPoolExecutor(1) as pool:
         server = grpc.server(pool, handlers=[grpc_server])
         port = server.add_insecure_port("127.0.0.1:0")
         server.start()
-        transport = connect(f"127.0.0.1:{port}", headers=HEADERS)
+        transport = BlockingTransport(f"127.0.0.1:{port}", headers=HEADERS)
         yield transport
         transport.close()
         server.stop(0).wait(10)
@@ -262,7 +273,7 @@ def grpc_transport(grpc_server: GrpcServer) -> Iterator[Transport]:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_grpc_sends_headers_as_metadata_with_every_request(
-    verb: str, grpc_transport: Transport, grpc_server: GrpcServer
+    verb: str, grpc_transport: BlockingTransport, grpc_server: GrpcServer
 ) -> None:
     assert VERBS[verb](grpc_transport) == RESULTS[verb]
     ((_, metadata, _),) = grpc_server.seen
@@ -275,7 +286,7 @@ def test_grpc_sends_headers_as_metadata_with_every_request(
     ids=str,
 )
 def test_grpc_sends_request_id_priority_and_timeout(
-    timeout_s: float, microseconds: int, grpc_transport: Transport, grpc_server: GrpcServer
+    timeout_s: float, microseconds: int, grpc_transport: BlockingTransport, grpc_server: GrpcServer
 ) -> None:
     grpc_transport.infer(CALL, timeout_s)
     ((_, _, request),) = grpc_server.seen
@@ -298,7 +309,11 @@ def test_grpc_sends_request_id_priority_and_timeout(
     ids=["no-key", "wrong-key", "slow-down", "server-ends", "cancelled", "stub"],
 )
 def test_grpc_error_status_becomes_an_exception(
-    code: grpc.StatusCode, message: str, kind: type[GenServeError], grpc_transport: Transport, grpc_server: GrpcServer
+    code: grpc.StatusCode,
+    message: str,
+    kind: type[GenServeError],
+    grpc_transport: BlockingTransport,
+    grpc_server: GrpcServer,
 ) -> None:
     grpc_server.failure = (code, message, ())
     with pytest.raises(kind) as caught:
@@ -306,7 +321,7 @@ def test_grpc_error_status_becomes_an_exception(
     assert type(caught.value) is kind
 
 
-def test_grpc_passes_on_retry_after(grpc_transport: Transport, grpc_server: GrpcServer) -> None:
+def test_grpc_passes_on_retry_after(grpc_transport: BlockingTransport, grpc_server: GrpcServer) -> None:
     grpc_server.failure = (grpc.StatusCode.RESOURCE_EXHAUSTED, "slow down", (("retry-after", "7"),))
     with pytest.raises(QueueFull) as caught:
         grpc_transport.infer(CALL, 2.5)
@@ -316,7 +331,7 @@ def test_grpc_passes_on_retry_after(grpc_transport: Transport, grpc_server: Grpc
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("url", ["127.0.0.1:1", "http://127.0.0.1:1"], ids=["grpc", "http"])
 def test_closed_port_is_server_unavailable(url: str, verb: str) -> None:
-    transport = connect(url)
+    transport = BlockingTransport(url)
     with pytest.raises(ServerUnavailable, match="127.0.0.1:1"):
         VERBS[verb](transport)
     transport.close()

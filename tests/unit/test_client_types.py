@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 
 import pytest
 from PIL import Image
@@ -44,6 +45,24 @@ def test_ranking_compares_by_documents() -> None:
 def test_ranking_reports_truncated_documents() -> None:
     assert ranking(truncated=[1, 2]).truncated == (1, 2)
     assert ranking().truncated == ()
+
+
+def test_ranking_becomes_a_table_in_its_order() -> None:
+    table = ranking().to_pandas()
+    assert list(table.columns) == ["index", "score", "document"]
+    assert table["index"].tolist() == [2, 0, 1]
+    assert table["score"].tolist() == [0.9, 0.5, 0.1]
+    assert table["document"].tolist() == ["c", "a", "b"]
+    assert list(table.index) == [0, 1, 2]
+    empty = Ranking((), (), {}).to_pandas()
+    assert empty.empty
+    assert empty.dtypes.equals(table.dtypes)
+
+
+def test_table_without_pandas_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ImportError, match=r"needs pandas: pip install 'genserve\[pandas\]'"):
+        ranking().to_pandas()
 
 
 def test_preview_is_decoded_if_present() -> None:
