@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import re
 import sys
@@ -26,6 +27,7 @@ sys.modules.setdefault("triton_python_backend_utils", types.ModuleType("triton_p
 from genserve import errors as client_errors
 from genserve.protocol import MAX_TASK_ID_CHARACTERS
 from genserve.retry import Deadline, Retries
+from genserve.types import InstanceLoad, Setting
 from genserve_backend import errors as backend_errors
 from genserve_backend.adapter.metrics import INSTANCE_METRICS
 from genserve_backend.adapter.reply import CODES
@@ -103,7 +105,11 @@ INPUTS: dict[str, dict[str, Row]] = {
         ),
     },
     "tasks": {
-        "ACTION": ("status, cancel, list", "`status` and `cancel` need TASK_ID; `list` returns every task in flight"),
+        "ACTION": (
+            "status, cancel, list, load, config",
+            "`status` and `cancel` need TASK_ID. `list` returns every task in flight, `load` every instance, `config`"
+            " every setting",
+        ),
         "TASK_ID": (f"1 to {MAX_TASK_ID_CHARACTERS} characters", '""', "The task's TASK_ID or request id"),
     },
 }
@@ -119,7 +125,7 @@ OUTPUTS: dict[str, dict[str, str]] = {
         "INFO": "JSON object: [fields](#info-of-rerank)",
     },
     "tasks": {
-        "TASK": "JSON object, or a list of them for `list`: [fields](#fields-of-task)",
+        "TASK": "JSON object, or a list of them for `list`, `load` and `config`: [fields](#fields-of-task)",
         "PREVIEW": "A small JPEG of the unfinished image; empty without one",
     },
 }
@@ -295,6 +301,23 @@ def metrics() -> str:
     return table(("metric", "kind", "model", "meaning"), rows)
 
 
+JSON_TYPES = {"str": "string", "int": "integer", "bool": "boolean", "int | None": "integer or null", "Any": "any"}
+"""Names of JSON's types, by annotation."""
+CLIENT_FIELDS = {"url"}
+"""Fields that the client adds to an answer."""
+
+
+def fields(kind: type[Any]) -> str:
+    """Return the table of the fields of an answer that the client returns as the dataclass `kind`."""
+    meanings = dict(re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(kind) or "", flags=re.MULTILINE))
+    rows = [
+        (field.name, JSON_TYPES[str(field.type)], _paragraph(meanings[field.name]).replace("None", "null"))
+        for field in dataclasses.fields(kind)
+        if field.name not in CLIENT_FIELDS
+    ]
+    return table(("field", "type", "meaning"), rows)
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "flux-inputs": lambda: inputs("flux"),
     "flux-outputs": lambda: outputs("flux"),
@@ -302,6 +325,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "rerank-outputs": lambda: outputs("rerank"),
     "tasks-inputs": lambda: inputs("tasks"),
     "tasks-outputs": lambda: outputs("tasks"),
+    "load-fields": lambda: fields(InstanceLoad),
+    "config-fields": lambda: fields(Setting),
     "queues": queues,
     "errors": errors,
     "settings": lambda: settings(ModelSettings, None),

@@ -1,4 +1,4 @@
-"""Board of the tasks in flight, shared by the processes of a server: instances write it, the `tasks` model queries it.
+"""Board of tasks, instances and settings, shared by a server's processes: instances write, the `tasks` model queries.
 
 The board is one SQLite file per server. Several processes may write it at once, any of them may be killed meanwhile,
 and no client data becomes part of a path.
@@ -6,13 +6,15 @@ and no client data becomes part of a path.
 
 from __future__ import annotations
 
+import json
 import os
 import sqlite3
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 BOARD_ENV = "GENSERVE_BOARD"
 FINISHED_KEPT_S = 600.0
@@ -25,6 +27,14 @@ CANCELS_KEPT = 10_000
 """Limit on the number of early cancellations, of tasks that have not arrived yet."""
 LOAD_KEPT_S = 5.0
 """Seconds without an update after which the load of an instance is ignored."""
+INSTANCE_READY_S = 5.0
+"""Seconds without a sign of life after which an instance no longer counts as ready."""
+INSTANCE_KEPT_S = 60.0
+"""Seconds without a sign of life after which an instance is no longer listed."""
+SETTINGS_KEPT = 1_000
+"""Limit on the number of settings, of all models together."""
+SETTING_CHARACTERS = 4_096
+"""Limit on the length of a setting's value as JSON; a longer one is cut and becomes a string."""
 LISTED = 1_000
 """Limit on the number of tasks in a listing."""
 TIDY_S = 1.0
@@ -53,10 +63,37 @@ CREATE TABLE IF NOT EXISTS cancelled_early (task_id TEXT PRIMARY KEY, at REAL NO
 CREATE TABLE IF NOT EXISTS loads (
     instance TEXT PRIMARY KEY, model TEXT NOT NULL, load REAL NOT NULL, has_room INTEGER NOT NULL, at REAL NOT NULL
 );
+CREATE TABLE IF NOT EXISTS instances (
+    instance TEXT PRIMARY KEY,
+    model TEXT NOT NULL,
+    device TEXT NOT NULL,
+    gpu_id INTEGER,
+    memory_used INTEGER,
+    memory_free INTEGER,
+    memory_total INTEGER,
+    ready INTEGER NOT NULL,
+    at REAL NOT NULL
+);
+CREATE TABLE IF NOT EXISTS settings (
+    model TEXT NOT NULL, name TEXT NOT NULL, value TEXT NOT NULL, source TEXT NOT NULL, PRIMARY KEY (model, name)
+);
 """
 IN_FLIGHT = "state IN ('waiting', 'running')"
 FINISHED = "state IN ('done', 'failed', 'cancelled')"
 COLUMNS = "task_id, state, step, steps, model, instance, error, arrived, changed"
+LOAD_COLUMNS = "instance, model, device, gpu_id, running, waiting, memory_used, memory_free, memory_total, ready"
+SETTING_COLUMNS = "model, name, value, source"
+
+
+class Memory(NamedTuple):
+    """Memory of a worker and its device in bytes; None where it is unknown."""
+
+    used: int | None = None
+    """Memory that the worker holds."""
+    free: int | None = None
+    """Free memory of the device."""
+    total: int | None = None
+    """All memory of the device."""
 
 
 def default_path() -> Path:
@@ -157,6 +194,40 @@ class Board:
             ).fetchone()
         return record is not None
 
+    def set_instance(
+        self, instance: str, *, model: str, device: str, gpu_id: int | None, memory: Memory, ready: bool
+    ) -> None:
+        """Set the state of an instance; also its sign of life. Drop the instances without one."""
+        now = time.time()
+        with self._lock:
+            self._db.execute(
+                "INSERT OR REPLACE INTO instances VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (instance, model, device, gpu_id, *memory, ready, now),
+            )
+            self._db.execute("DELETE FROM instances WHERE at < ?", (now - INSTANCE_KEPT_S,))
+
+    def remove_instance(self, instance: str) -> None:
+        """Remove an instance that ends."""
+        with self._lock:
+            self._db.execute("DELETE FROM instances WHERE instance = ?", (instance,))
+
+    def set_settings(self, model: str, settings: Iterable[tuple[str, Any, str]]) -> None:
+        """Replace the settings of a model.
+
+        Args:
+            model: The model.
+            settings: Name, value (anything that JSON can hold) and source of each setting.
+        """
+        records = [(model, name, _bounded_json(value), source) for name, value, source in settings]
+        with self._lock, self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.execute("DELETE FROM settings WHERE model = ?", (model,))
+            self._db.executemany("INSERT INTO settings VALUES (?, ?, ?, ?)", records)
+            self._db.execute(
+                "DELETE FROM settings WHERE rowid NOT IN (SELECT rowid FROM settings ORDER BY rowid DESC LIMIT ?)",
+                (SETTINGS_KEPT,),
+            )
+
     # For the `tasks` model.
 
     def status(self, task_id: str) -> tuple[dict[str, Any], bytes]:
@@ -200,6 +271,36 @@ class Board:
             ).fetchall()
         return [_as_dict(record) for record in records]
 
+    def load(self) -> list[dict[str, Any]]:
+        """Return the instances with their load, by model and instance, at most `LISTED`.
+
+        An instance whose worker is being started or replaced is not ready, nor is one without a sign of life.
+        """
+        now = time.time()
+        with self._lock:
+            records = self._db.execute(
+                "SELECT instance, model, device, gpu_id,"
+                " (SELECT count(*) FROM tasks WHERE state = 'running' AND tasks.instance = instances.instance),"
+                " (SELECT count(*) FROM tasks WHERE state = 'waiting' AND tasks.instance = instances.instance),"
+                " memory_used, memory_free, memory_total, ready AND at > ?"
+                " FROM instances WHERE at > ? ORDER BY model, instance LIMIT ?",
+                (now - INSTANCE_READY_S, now - INSTANCE_KEPT_S, LISTED),
+            ).fetchall()
+        return [_as_dict((*record[:-1], bool(record[-1])), LOAD_COLUMNS) for record in records]
+
+    def config(self) -> list[dict[str, Any]]:
+        """Return the settings of the models that have an instance, by model and in the order they were given."""
+        with self._lock:
+            records = self._db.execute(
+                f"SELECT {SETTING_COLUMNS} FROM settings"  # noqa: S608
+                " WHERE model IN (SELECT model FROM instances WHERE at > ?) ORDER BY model, rowid",
+                (time.time() - INSTANCE_KEPT_S,),
+            ).fetchall()
+        return [
+            _as_dict((model, name, json.loads(value), source), SETTING_COLUMNS)
+            for model, name, value, source in records
+        ]
+
     def _tidy(self, now: float) -> None:
         if now - self._tidied < TIDY_S:
             return
@@ -225,5 +326,14 @@ def _write_ahead(db: sqlite3.Connection) -> None:
             return
 
 
-def _as_dict(record: tuple[Any, ...]) -> dict[str, Any]:
-    return dict(zip(COLUMNS.split(", "), record, strict=False))
+def _bounded_json(value: Any) -> str:
+    try:
+        text = json.dumps(value, allow_nan=False)
+    except ValueError:  # JSON has no infinity
+        text = json.dumps(str(value))
+    # Quotes and backslashes take two characters in a JSON string.
+    return text if len(text) <= SETTING_CHARACTERS else json.dumps(text[: SETTING_CHARACTERS // 2 - 3] + "...")
+
+
+def _as_dict(record: tuple[Any, ...], columns: str = COLUMNS) -> dict[str, Any]:
+    return dict(zip(columns.split(", "), record, strict=False))

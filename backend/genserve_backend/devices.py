@@ -11,17 +11,14 @@ from typing import Any
 
 import torch
 
-from genserve_backend.settings import RerankDType
+from genserve_backend.board import Memory
+from genserve_backend.settings import RerankDType, weights_dtype
 
 
 def resolve_dtype(dtype: RerankDType, device: str) -> torch.dtype:
-    """Return the dtype to load weights in: auto is bfloat16 on a GPU and float32 on a CPU; int8 starts from float32."""
-    if dtype == "auto":
-        return torch.bfloat16 if device.startswith("cuda") else torch.float32
-    if dtype == "int8":
-        return torch.float32
-    named: torch.dtype = getattr(torch, dtype)
-    return named
+    """Return the dtype to load weights in, see `settings.weights_dtype`."""
+    resolved: torch.dtype = getattr(torch, weights_dtype(dtype, device))
+    return resolved
 
 
 def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -85,9 +82,19 @@ def limit_threads(share: int = 4) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // share))
 
 
-def memory_bytes(device: torch.device) -> int:
-    """Return the bytes of device memory that this process holds; on a CPU its resident set."""
+def memory(device: torch.device) -> Memory:
+    """Return the device memory that this process holds, and the free and total memory of the device.
+
+    On a CPU, these are the resident set, and the available and total memory of the machine.
+    """
     if device.type == "cuda":
-        return int(torch.cuda.memory_reserved(device))
+        return Memory(int(torch.cuda.memory_reserved(device)), *map(int, torch.cuda.mem_get_info(device)))
     pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    machine = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
+    free, total = (_bytes(machine.get(name)) for name in ("MemAvailable", "MemTotal"))
+    return Memory(pages * os.sysconf("SC_PAGE_SIZE"), free, total)
+
+
+def _bytes(size: str | None) -> int | None:
+    """Return the bytes of a size in /proc/meminfo, such as ``1024 kB``."""
+    return int(size.split()[0]) * 1024 if size else None

@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -25,8 +25,9 @@ from pydantic import (
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 RerankDType = Literal[DType, "int8"]
+WeightsDType = Literal["float32", "bfloat16", "float16"]
 
-
+CONFIG_FILE = "config.pbtxt"
 HANG_TIMEOUT_S = 300.0
 
 
@@ -34,6 +35,16 @@ class Env(str):
     """Environment variable that overrides a field."""
 
     __slots__ = ()
+
+
+class SettingInForce(NamedTuple):
+    """A setting of a running model."""
+
+    name: str
+    value: Any
+    """The value, as JSON can hold it."""
+    source: str
+    """``environment VARIABLE``, ``config.pbtxt``, ``MODEL_SIZE`` or ``default``."""
 
 
 class SettingsError(Exception):
@@ -70,6 +81,10 @@ class ModelSettings(BaseModel):
     def gpus(self, device: str) -> tuple[int, ...]:
         """Return the GPUs of a worker on `device`, in Triton's numbering; none on a CPU."""
         return (int(device.partition(":")[2] or 0),) if device.startswith("cuda") else ()
+
+    def sized(self, device: str) -> Mapping[str, Any]:
+        """Return the limits that follow from the model's size unless they are set, for a device in torch's notation."""
+        return {}
 
 
 class FluxSettings(ModelSettings):
@@ -221,6 +236,13 @@ class RerankSettings(ModelSettings):
         limits = SIZE_LIMITS[self.model_size] if self.model_size else DEFAULT_LIMITS
         return self.max_num_batched_tokens or (limits.gpu_tokens if device.startswith("cuda") else limits.cpu_tokens)
 
+    def sized(self, device: str) -> Mapping[str, Any]:
+        """Return the limits that follow from `model_size` unless they are set, for a device in torch's notation."""
+        if not self.model_size:
+            return {}
+        limits = {name: getattr(self, name) for name in ("max_num_seqs", "prefix_cache_bytes")}
+        return {**limits, "max_num_batched_tokens": self.token_budget(device)}
+
     @property
     def memory_share(self) -> float | None:
         """Limit on torch's share of a GPU's memory, or None."""
@@ -244,6 +266,13 @@ _CHECKPOINT_FILES = ("config.json", "modules.json")
 SettingsT = TypeVar("SettingsT", bound=ModelSettings)
 
 
+def weights_dtype(dtype: RerankDType, device: str) -> WeightsDType:
+    """Return the dtype to load weights in: auto is bfloat16 on a GPU and float32 on a CPU; int8 starts from float32."""
+    if dtype == "auto":
+        return "bfloat16" if device.startswith("cuda") else "float32"
+    return "float32" if dtype == "int8" else dtype
+
+
 def load(
     kind: type[SettingsT],
     parameters: Mapping[str, str],
@@ -262,19 +291,55 @@ def load(
     Raises:
         SettingsError: A value is missing, unknown or out of range.
     """
-    values: dict[str, str] = dict(parameters)
-    origin = dict.fromkeys(values, "config.pbtxt")
-    for name, field in kind.model_fields.items():
-        for env in (mark for mark in field.metadata if isinstance(mark, Env)):
-            if environ.get(env, "") != "":
-                values[name], origin[name] = environ[env], str(env)
+    values, origin = _given(kind, parameters, environ)
     try:
-        if "model_path" in values and origin["model_path"] == "config.pbtxt":
+        if "model_path" in values and origin["model_path"] == CONFIG_FILE:
             values["model_path"] = str((repository / values["model_path"]).resolve())
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         name = str(first["loc"][0]) if first["loc"] else "?"
-        where = origin.get(name, "config.pbtxt")
-        label = where if where != "config.pbtxt" else f"parameter {name} in config.pbtxt"
+        where = origin.get(name, CONFIG_FILE)
+        label = where if where != CONFIG_FILE else f"parameter {name} in config.pbtxt"
         raise SettingsError(f"{label}: {first['msg']} (value: {values.get(name)!r})") from None
+
+
+def in_force(
+    settings: ModelSettings,
+    parameters: Mapping[str, str],
+    *,
+    device: str,
+    environ: Mapping[str, str] = os.environ,
+) -> list[SettingInForce]:
+    """Return every setting of a model with its source.
+
+    Args:
+        settings: The settings that `load` returned for these parameters and this environment.
+        parameters: The ``parameters {}`` of the model's config.pbtxt.
+        device: The device of the instance, in torch's notation.
+        environ: The environment with the overrides.
+    """
+    _, origin = _given(type(settings), parameters, environ)
+    sized = {name: value for name, value in settings.sized(device).items() if name not in origin}
+    values = {**settings.model_dump(mode="json"), **sized}
+
+    def source(name: str) -> str:
+        where = origin.get(name)
+        if where is None:
+            return "MODEL_SIZE" if name in sized else "default"
+        return where if where == CONFIG_FILE else f"environment {where}"
+
+    return [SettingInForce(name, value, source(name)) for name, value in values.items()]
+
+
+def _given(
+    kind: type[ModelSettings], parameters: Mapping[str, str], environ: Mapping[str, str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return the values that are set, and the origin of each: a variable's name, or config.pbtxt."""
+    values = dict(parameters)
+    origin = dict.fromkeys(values, CONFIG_FILE)
+    for name, field in kind.model_fields.items():
+        for env in (mark for mark in field.metadata if isinstance(mark, Env)):
+            if environ.get(env, "") != "":
+                values[name], origin[name] = environ[env], str(env)
+    return values, origin

@@ -12,6 +12,9 @@ import click
 
 from genserve.cli_options import Servers, fail, http_port_option, json_option, server_options
 
+LOAD_TIMEOUT_S = 900.0
+"""Default time limit of `doctor --load` for a model: a full-size FLUX takes minutes to load from a slow disk."""
+
 
 @click.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to bind to; 0.0.0.0 for every interface.")
@@ -97,25 +100,40 @@ def stop(http_port: int, as_json: bool) -> None:
 
 @click.command()
 @http_port_option
+@click.option("--model", metavar="NAME", help="Check only this model.  [default: all models with a checkpoint]")
+@click.option("--load", is_flag=True, help="Load each model in a process of its own, and make a small image or score.")
+@click.option(
+    "--timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=LOAD_TIMEOUT_S,
+    show_default=True,
+    help="Seconds for each --load.",
+)
 @server_options
 @json_option
-def doctor(http_port: int, servers: Servers, as_json: bool) -> None:
-    """Check this machine for the requirements of serving, with advice for each that is missing.
+def doctor(http_port: int, model: str | None, load: bool, timeout: float, servers: Servers, as_json: bool) -> None:
+    """Check this machine and the models' files for the requirements of serving, with advice for each that is missing.
 
     With --url, check instead that those servers are ready.
     """
-    from genserve.serve.doctor import examine, examine_servers
+    from genserve.serve.doctor import MODELS, examine, examine_servers
 
+    if servers.are_given and (model or load):
+        raise click.UsageError("--model and --load check this machine, and do not go with --url")
+    if model and model not in MODELS:
+        raise click.BadParameter(f"{model!r}; allowed: {', '.join(MODELS)}", param_hint="--model")
     if servers.are_given:
         with servers.client() as client:
-            findings = examine_servers(client.status())
+            found = iter(examine_servers(client.status()))
     else:
-        findings = examine(http_port)
+        found = examine(http_port, model=model, trial_s=timeout if load else None)
+    findings = []
+    for finding in found:
+        findings.append(finding)
+        if not as_json:
+            click.echo(f"{finding.state:<5} {finding.subject:<12} {finding.detail}")
     if as_json:
         click.echo(json.dumps([asdict(finding) for finding in findings]))
-    else:
-        for finding in findings:
-            click.echo(f"{finding.state:<5} {finding.subject:<12} {finding.detail}")
     failed = [finding for finding in findings if finding.state == "fail"]
     if failed:
         fail(f"{len(failed)} of {len(findings)} checks failed")

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
 from genserve_backend import devices
+from genserve_backend.board import Memory
 from genserve_backend.devices import (
     copy_together,
     hand_over,
-    memory_bytes,
+    memory,
     move,
     own_stream,
     record_event,
@@ -61,6 +63,7 @@ class MockCuda:
         monkeypatch.setattr(torch.cuda, "stream", Current)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream(CUDA))
         monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 7)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30, 40))
 
 
 class HostTensor:
@@ -142,9 +145,18 @@ def test_own_stream_is_a_new_stream(cuda: MockCuda) -> None:
     assert cuda.calls[-1] == "leave"
 
 
-def test_memory_is_device_memory_or_resident_set(cuda: MockCuda) -> None:
-    assert memory_bytes(CUDA) == 7
-    assert memory_bytes(CPU) > 10 * 2**20
+def test_memory_of_a_gpu_is_reserved_free_and_total(cuda: MockCuda) -> None:
+    assert memory(CUDA) == Memory(used=7, free=30, total=40)
+
+
+def test_memory_of_a_cpu_is_resident_available_and_total() -> None:
+    used, free, total = memory(CPU)
+    assert used is not None
+    assert free is not None
+    assert total == pytest.approx(psutil.virtual_memory().total, rel=0.01)
+    assert used == pytest.approx(psutil.Process().memory_info().rss, rel=0.1)
+    assert 10 * 2**20 < used < total
+    assert 0 < free < total
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,9 @@ def test_limits_in_the_text_match_the_code(generate: ModuleType) -> None:
     assert f"stored for {board.CANCEL_KEPT_S:g} s" in text
     assert f"{board.FINISHED_KEPT_S:g} s after its end" in text
     assert f"at most {board.LISTED:,} tasks" in text
+    assert f"without a sign of life for {board.INSTANCE_READY_S:g} s is not ready" in text
+    assert f"after {board.INSTANCE_KEPT_S:g} s it is no longer listed" in text
+    assert f"A value of more than {board.SETTING_CHARACTERS:,} characters is cut" in text
     sides = generate.flux.MAX_SIDE
     assert f"A side is at most {sides['jpeg']:,} pixels as JPEG and {sides['webp']:,} as WebP" in text
     assert f"Task ids have at most {generate.MAX_TASK_ID_CHARACTERS} characters" in text

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from genserve_backend.settings import SIZE_LIMITS, FluxSettings, RerankSettings, SettingsError, load
+from genserve_backend.settings import (
+    SIZE_LIMITS,
+    FluxSettings,
+    ModelSettings,
+    RerankSettings,
+    SettingsError,
+    in_force,
+    load,
+    weights_dtype,
+)
 
 REPOSITORY = Path("/models")
 
@@ -224,3 +235,78 @@ def test_model_size_selects_the_folder(file: str | None, expected: str, is_param
 
 def test_without_model_size_the_path_is_the_folder(tmp_path: Path) -> None:
     assert rerank(RERANK_MODEL_PATH=str(tmp_path)).model_path == tmp_path
+
+
+# Origins.
+
+
+def sources(
+    kind: type[ModelSettings], parameters: dict[str, str] | None = None, device: str = "cpu", **environ: str
+) -> dict[str, tuple[Any, str]]:
+    """Return value and source of every setting in force."""
+    given = {"model_path": "folder", **(parameters or {})}
+    settings = load(kind, given, repository=REPOSITORY, environ=environ)
+    found = in_force(settings, given, device=device, environ=environ)
+    assert [setting.name for setting in found] == list(kind.model_fields)
+    json.dumps(found)
+    return {setting.name: (setting.value, setting.source) for setting in found}
+
+
+def test_source_is_environment_parameter_or_default() -> None:
+    found = sources(FluxSettings, {"task_timeout_s": "10", "max_running": "3"}, TASK_TIMEOUT="20", MAX_PIXELS="")
+    assert found["task_timeout_s"] == (20.0, "environment TASK_TIMEOUT")
+    assert found["max_running"] == (3, "config.pbtxt")
+    assert found["max_pixels"] == (2048 * 2048, "default")
+    assert found["model_path"] == ("/models/folder", "config.pbtxt")
+    assert found["max_padding"] == (None, "default")
+
+
+def test_value_equal_to_the_default_has_its_own_source() -> None:
+    found = sources(RerankSettings, {"max_length": "0"}, ENGINE="torch", RERANK_MODEL_PATH="/given")
+    assert found["max_length"] == (0, "config.pbtxt")
+    assert found["engine"] == ("torch", "environment ENGINE")
+    assert found["model_path"] == ("/given", "environment RERANK_MODEL_PATH")
+    assert found["max_num_batched_tokens"] == (0, "default")
+
+
+def test_values_are_json() -> None:
+    environ = {"SAVE_TEST_IMAGES": "/images", "FLUX_DTYPE": "float16"}
+    found = sources(FluxSettings, {"start_timeout_s": "inf"}, **environ)
+    assert found["save_test_images"] == ("/images", "environment SAVE_TEST_IMAGES")
+    assert found["dtype"] == ("float16", "environment FLUX_DTYPE")
+    found = sources(RerankSettings, {"gpu_groups": "0,1;2,3"})
+    assert found["gpu_groups"] == ([[0, 1], [2, 3]], "config.pbtxt")
+    assert found["compiled"] == (False, "default")
+
+
+@pytest.mark.parametrize(("device", "tokens"), [("cpu", 128), ("cuda:0", 4_096)])
+def test_limits_of_a_size_name_it_as_their_source(device: str, tokens: int) -> None:
+    found = sources(RerankSettings, device=device, MODEL_SIZE="8B")
+    assert found["model_size"] == ("8B", "environment MODEL_SIZE")
+    assert found["max_num_seqs"] == (64, "MODEL_SIZE")
+    assert found["prefix_cache_bytes"] == (512 * 2**20, "MODEL_SIZE")
+    assert found["max_num_batched_tokens"] == (tokens, "MODEL_SIZE")
+    assert found["score_cache_bytes"][1] == "default"
+    assert found["model_path"] == ("/models/folder/Qwen3-Reranker-8B", "config.pbtxt")
+
+
+def test_set_limit_has_its_own_source_despite_a_size() -> None:
+    environ = {"MAX_NUM_SEQS": "9", "MAX_NUM_BATCHED_TOKENS": "700"}
+    found = sources(RerankSettings, {"prefix_cache_bytes": "5", "model_size": "8B"}, **environ)
+    assert found["max_num_seqs"] == (9, "environment MAX_NUM_SEQS")
+    assert found["max_num_batched_tokens"] == (700, "environment MAX_NUM_BATCHED_TOKENS")
+    assert found["prefix_cache_bytes"] == (5, "config.pbtxt")
+    assert found["model_size"] == ("8B", "config.pbtxt")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "expected"),
+    [
+        ("auto", "cpu", "float32"),
+        ("auto", "cuda:1", "bfloat16"),
+        ("int8", "cpu", "float32"),
+        ("float16", "cpu", "float16"),
+    ],
+)
+def test_weights_have_the_dtype_of_the_device(dtype: Any, device: str, expected: str) -> None:
+    assert weights_dtype(dtype, device) == expected

@@ -15,13 +15,14 @@ from genserve_backend import logs
 from genserve_backend.adapter.balance import Balance
 from genserve_backend.adapter.metrics import Metrics
 from genserve_backend.adapter.place import Place
+from genserve_backend.adapter.presence import Presence
 from genserve_backend.adapter.reply import Reply
 from genserve_backend.adapter.rows import ParsedRow, RequestOptions
 from genserve_backend.adapter.task import Records, RowTask
 from genserve_backend.board import Board
 from genserve_backend.checkpoints import CheckpointError
 from genserve_backend.errors import ServerError
-from genserve_backend.settings import ModelSettings, SettingsError, load
+from genserve_backend.settings import ModelSettings, SettingsError, in_force, load
 from genserve_backend.worker.messages import Heartbeat, Start
 from genserve_backend.worker.metrics import Metric
 from genserve_backend.worker.supervisor import Supervisor, WorkerStartError
@@ -65,11 +66,13 @@ class Instance(Generic[SettingsT, CheckpointT]):
             self.checkpoint = load_checkpoint(self.settings.model_path)
             self._board = Board()
             self._board.start_instance(place.instance)
+            self._board.set_settings(place.model, in_force(self.settings, place.parameters, device=place.device))
             self._supervisor = supervisor = Supervisor(Start(engine, self.settings, place.device, place.instance))
             self._balance = Balance(self._board, place.model, place.instance, lambda: supervisor.has_room)
             instance_metrics = Metrics(metrics, place.model, place.instance)
             self._records = Records(place, board=self._board, metrics=instance_metrics, balance=self._balance)
-            self._supervisor.start(WorkerMonitor(instance_metrics, self._balance))
+            presence = Presence(self._board, place)
+            self._supervisor.start(WorkerMonitor(instance_metrics, self._balance, presence))
         except (SettingsError, CheckpointError, WorkerStartError) as error:
             raise pb_utils.TritonModelException(f"{place.model}: {error}") from None
 
@@ -99,27 +102,38 @@ class Instance(Generic[SettingsT, CheckpointT]):
     def close(self) -> None:
         """End the worker."""
         self._supervisor.close()
+        try:
+            self._board.remove_instance(self.place.instance)
+        except sqlite3.Error:
+            logger.exception("cannot write the board")
         self._board.close()
 
 
 class WorkerMonitor:
-    """Updates the metrics and the backlog from the worker's heartbeats; a `worker.callbacks.Monitor`.
+    """Updates metrics, backlog and presence from the worker's heartbeats; a `worker.callbacks.Monitor`.
 
     Args:
         metrics: The metrics of the instance.
         balance: The backlog of the instance.
+        presence: The state of the instance.
     """
 
-    def __init__(self, metrics: Metrics, balance: Balance) -> None:
+    def __init__(self, metrics: Metrics, balance: Balance, presence: Presence) -> None:
         self._metrics = metrics
         self._balance = balance
+        self._presence = presence
 
     def on_heartbeat(self, heartbeat: Heartbeat) -> None:
-        """Update both."""
+        """Update all of them."""
         self._metrics.update(heartbeat)
         self._balance.publish()
+        self._presence.update(heartbeat.gauges)
 
     def on_restart(self) -> None:
         """Count the restart, and publish that there is no room."""
         self._metrics.restarted()
         self._balance.publish()
+
+    def on_poll(self, *, ready: bool) -> None:
+        """Publish that the instance lives."""
+        self._presence.publish(ready=ready)

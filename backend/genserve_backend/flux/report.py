@@ -10,7 +10,7 @@ from queue import SimpleQueue
 
 import torch
 
-from genserve_backend.devices import limit_threads, memory_bytes
+from genserve_backend.devices import limit_threads, memory
 from genserve_backend.flux.decode import Decoder
 from genserve_backend.flux.metrics import (
     BATCH_SIZE,
@@ -25,7 +25,7 @@ from genserve_backend.flux.preview import Previewer
 from genserve_backend.flux.state import ImageState
 from genserve_backend.worker.engine import Emit, HeartbeatTimer
 from genserve_backend.worker.messages import Heartbeat
-from genserve_backend.worker.metrics import DEVICE_MEMORY, RUNNING, WAITING, Counter
+from genserve_backend.worker.metrics import RUNNING, WAITING, Counter, memory_gauges
 from genserve_backend.worker.threads import start_thread
 
 MIN_PREVIEW_S, MAX_PREVIEW_S = 0.1, 1.0
@@ -110,7 +110,7 @@ class Reporter:
             RUNNING: self._running,
             WAITING: self._waiting,
             DECODING: self._decoder.pending,
-            DEVICE_MEMORY: memory_bytes(self._device),
+            **memory_gauges(memory(self._device)),
         }
         counts = {**self._counts, DECODE_SECONDS: self._decoder.pop_seconds()}
         observations = {BATCH_SIZE: tuple(self._batch_sizes)}

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from genserve_backend.devices import memory_bytes
+from genserve_backend.devices import memory
 from genserve_backend.rerank.metrics import (
     BATCH_TOKENS,
     CACHE_HITS,
@@ -21,7 +21,7 @@ from genserve_backend.rerank.metrics import (
 from genserve_backend.rerank.state import BatchItem, RequestState
 from genserve_backend.worker.engine import Emit, HeartbeatTimer
 from genserve_backend.worker.messages import Heartbeat
-from genserve_backend.worker.metrics import DEVICE_MEMORY, RUNNING, WAITING, Counter
+from genserve_backend.worker.metrics import RUNNING, WAITING, Counter, memory_gauges
 from genserve_backend.worker.scheduling import ProgressTimer
 
 
@@ -96,7 +96,7 @@ class Reporter:
         self._heartbeat_timer.beat()
 
     def _heartbeat(self) -> Heartbeat:
-        gauges = {RUNNING: self._running, WAITING: self._waiting, DEVICE_MEMORY: memory_bytes(self._device)}
+        gauges = {RUNNING: self._running, WAITING: self._waiting, **memory_gauges(memory(self._device))}
         counts = dict(self._counts)
         observations = {BATCH_TOKENS: tuple(self._batch_tokens)}
         self._counts.clear()

@@ -37,6 +37,9 @@ class Monitor(Protocol):
     def on_restart(self) -> None:
         """Handle the loss of a worker that had been ready; another one is about to start."""
 
+    def on_poll(self, *, ready: bool) -> None:
+        """Handle a sign of life of the supervisor, many times a second, with or without a `ready` worker."""
+
 
 class NoMonitor:
     """Monitor that does nothing."""
@@ -45,4 +48,7 @@ class NoMonitor:
         """Do nothing."""
 
     def on_restart(self) -> None:
+        """Do nothing."""
+
+    def on_poll(self, *, ready: bool) -> None:
         """Do nothing."""

@@ -13,6 +13,7 @@ import sys
 from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import Empty, SimpleQueue
+from typing import IO
 
 from genserve_backend.worker.messages import Cancel, Event, Start, Submit
 from genserve_backend.worker.threads import start_thread
@@ -51,9 +52,13 @@ class WorkerLink:
 
     One thread writes and one reads, so neither `send` nor `receive` blocks on a worker that stops in the middle of a
     message.
+
+    Args:
+        start: First message to the worker.
+        log: File for the worker's output; None inherits this process's.
     """
 
-    def __init__(self, start: Start) -> None:
+    def __init__(self, start: Start, *, log: IO[bytes] | None = None) -> None:
         self._socket, theirs = socket.socketpair()
         with theirs:
             # Spawned, never forked: a fork would inherit Triton's threads and locks, and CUDA forbids it.
@@ -61,6 +66,8 @@ class WorkerLink:
                 [python_executable(), "-m", "genserve_backend.worker.process", str(theirs.fileno()), str(os.getpid())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
                 env=worker_environment(),
             )
         self._connection = Connection(os.dup(self._socket.fileno()))

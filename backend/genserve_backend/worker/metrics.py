@@ -5,7 +5,10 @@ A heartbeat carries values by descriptor. The adapter registers every descriptor
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from genserve_backend.board import Memory
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,27 @@ WAITING = Gauge("genserve_waiting", "Requests in the engine without a slot, incl
 DEVICE_MEMORY = Gauge(
     "genserve_device_memory_bytes", "Memory that the worker holds: GPU memory, or host memory without a GPU"
 )
-ENGINE_METRICS = (RUNNING, WAITING, DEVICE_MEMORY)
+DEVICE_MEMORY_FREE = Gauge(
+    "genserve_device_memory_free_bytes", "Free memory of the worker's device, or available host memory without a GPU"
+)
+DEVICE_MEMORY_TOTAL = Gauge(
+    "genserve_device_memory_total_bytes", "All memory of the worker's device, or of the host without a GPU"
+)
+MEMORY_GAUGES = (DEVICE_MEMORY, DEVICE_MEMORY_FREE, DEVICE_MEMORY_TOTAL)
+"""Gauges of the fields of `board.Memory`, in their order."""
+ENGINE_METRICS = (RUNNING, WAITING, *MEMORY_GAUGES)
 """Metrics of every engine."""
+
+
+def memory_gauges(memory: Memory) -> dict[Gauge, float]:
+    """Return the gauges of the sizes that are known."""
+    return {gauge: size for gauge, size in zip(MEMORY_GAUGES, memory, strict=True) if size is not None}
+
+
+def memory_of(gauges: Mapping[Gauge, float]) -> Memory:
+    """Return the sizes in a heartbeat's gauges."""
+    sizes = (gauges.get(gauge) for gauge in MEMORY_GAUGES)
+    return Memory(*(None if size is None else int(size) for size in sizes))
 
 
 def stage_seconds(stage: str) -> Counter:

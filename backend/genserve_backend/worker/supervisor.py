@@ -34,7 +34,7 @@ from genserve_backend.worker.messages import (
 from genserve_backend.worker.threads import exit_on_failure
 
 POLL_S = 0.05
-"""Interval between two checks of cancellations and deadlines, in seconds."""
+"""Interval between two checks of cancellations and deadlines, and two signs of life, in seconds."""
 MAX_DEATHS = 2
 """Worker deaths with a request in flight, after which it gets ServerError."""
 RESTART_BACKOFF_S = (0.0, 1.0, 2.0, 5.0, 10.0, 30.0)
@@ -88,7 +88,7 @@ class Supervisor:
         self._was_ready = False
         self._start_error: str | None = None
         self._closing = False
-        self._callers_checked = 0.0
+        self._polled = 0.0
         self._thread = threading.Thread(target=exit_on_failure, args=(self._watch,), name="supervisor", daemon=True)
 
     def start(self, monitor: Monitor | None = None) -> None:
@@ -189,7 +189,7 @@ class Supervisor:
         """Wait before the next start, and meanwhile check cancellations and deadlines."""
         until = time.monotonic() + seconds
         while not self._closing and time.monotonic() < until:
-            self._check_callers()
+            self._poll()
             time.sleep(POLL_S)
 
     def _attend(self, link: WorkerLink) -> str:
@@ -219,9 +219,9 @@ class Supervisor:
                 return f"stopped for {settings.hang_timeout_s:g} s while it loaded the model"
             if self._ready and now > last_heartbeat + settings.hang_timeout_s:
                 return f"no sign of life for {settings.hang_timeout_s:g} s"
-            if now >= self._callers_checked + POLL_S:
-                self._callers_checked = now
-                self._check_callers()
+            if now >= self._polled + POLL_S:
+                self._polled = now
+                self._poll()
         return reason
 
     def _handle(self, event: Event) -> None:
@@ -262,6 +262,10 @@ class Supervisor:
         except Exception:
             logger.exception("task callback failed", extra={"fields": {"task_id": entry.task.task_id}})
             return False
+
+    def _poll(self) -> None:
+        self._monitor.on_poll(ready=self._ready)
+        self._check_callers()
 
     def _check_callers(self) -> None:
         now = time.monotonic()

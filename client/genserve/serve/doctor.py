@@ -1,19 +1,16 @@
-"""`genserve doctor`: checks of this machine's requirements for serving."""
+"""`genserve doctor`: checks of this machine's requirements for serving, and of the models."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
+from genserve.serve.finding import Finding
+from genserve.serve.model_check import FILE_CHECKS, check_models
 from genserve.serve.options import ServeError, ServeOptions, cache_folder, make_folder, state_folder
 from genserve.serve.ports import check_ports
 from genserve.serve.process import SHM_FOLDER
-from genserve.serve.repository import CHECKPOINTS, render
 from genserve.serve.state import ServerState
 from genserve.serve.triton import find_libpython, platform_version
 from genserve.serve.wheels import TRITON, check_platform, on_path
@@ -22,19 +19,22 @@ from genserve.types import ServerStatus
 MIN_SHM_BYTES = 256 * 2**20
 """Several images at once need this much shared memory. Docker's default of 64 MB is too small."""
 
-
-@dataclass(frozen=True)
-class Finding:
-    """Result of one check. A server starts despite warnings."""
-
-    subject: str
-    state: Literal["ok", "warn", "fail"]
-    detail: str
+MODELS = tuple(FILE_CHECKS)
+"""Models that can be checked."""
 
 
-def examine(http_port: int) -> list[Finding]:
-    """Run every check."""
-    return [finding for check in CHECKS for finding in _guarded(check, ServeOptions(http_port=http_port))]
+def examine(http_port: int, *, model: str | None = None, trial_s: float | None = None) -> Iterator[Finding]:
+    """Check this machine, then the models, and yield each finding as soon as it is there.
+
+    Args:
+        http_port: HTTP port of the server to start.
+        model: The only model to check; None checks all.
+        trial_s: Time limit of the trial of a model, in seconds; None for no trials.
+    """
+    options = ServeOptions(http_port=http_port)
+    for check in CHECKS:
+        yield from _guarded(check, options)
+    yield from check_models((model,) if model else MODELS, options, trial_s=trial_s)
 
 
 def examine_servers(servers: Iterable[ServerStatus]) -> list[Finding]:
@@ -124,17 +124,6 @@ def _ports(options: ServeOptions) -> Iterator[Finding]:
     yield Finding("ports", "ok", ", ".join(map(str, options.ports)) + " are free")
 
 
-def _models(options: ServeOptions) -> Iterator[Finding]:
-    for model in CHECKPOINTS:
-        with tempfile.TemporaryDirectory() as target:
-            try:
-                render(replace(options, models=(model,)), Path(target) / "repository", os.environ)
-            except ServeError as error:
-                yield Finding(model, "fail", str(error).removeprefix(f"{model}: "))
-            else:
-                yield Finding(model, "ok", "checkpoint found")
-
-
 CHECKS: tuple[Callable[[ServeOptions], Iterator[Finding]], ...] = (
     _platform,
     _python,
@@ -143,5 +132,4 @@ CHECKS: tuple[Callable[[ServeOptions], Iterator[Finding]], ...] = (
     _memory,
     _folders,
     _ports,
-    _models,
 )

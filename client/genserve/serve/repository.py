@@ -64,7 +64,7 @@ def render(options: ServeOptions, target: Path, environ: Mapping[str, str] = os.
     timeouts = []
     for name in names:
         source = options.repository / name
-        config = _parse_config(source / "config.pbtxt")
+        config = read_config(source / "config.pbtxt")
         if name in CHECKPOINTS:
             settings = _check(name, config, options.repository, environ)
             timeouts.append(settings.hang_timeout_s)
@@ -92,7 +92,12 @@ def _chosen(options: ServeOptions) -> list[str]:
     return [name for name in present if not options.models or name in options.models or name in SUPPORT]
 
 
-def _parse_config(path: Path) -> Any:
+def read_config(path: Path) -> Any:
+    """Return a model's Triton configuration.
+
+    Raises:
+        ServeError: The file is missing, unreadable or no configuration.
+    """
     try:
         return text_format.Parse(path.read_text(encoding="utf-8"), model_config_pb2.ModelConfig())
     except (OSError, UnicodeDecodeError) as error:
@@ -101,14 +106,25 @@ def _parse_config(path: Path) -> Any:
         raise ServeError(f"{path} is not a Triton configuration: {error}") from None
 
 
-def _check(name: str, config: Any, repository: Path, environ: Mapping[str, str]) -> ModelSettings:
-    """Check settings and checkpoint before Triton starts, and write the absolute checkpoint path."""
-    settings_class, load_checkpoint = CHECKPOINTS[name]
+def parse_settings(name: str, config: Any, repository: Path, environ: Mapping[str, str]) -> ModelSettings:
+    """Return the settings of a model with a checkpoint.
+
+    Raises:
+        ServeError: A setting is not usable.
+    """
     parameters = {key: value.string_value for key, value in config.parameters.items()}
     try:
-        settings = load(settings_class, parameters, repository=repository, environ=environ)
-        load_checkpoint(settings.model_path)
-    except (SettingsError, CheckpointError) as error:
+        return load(CHECKPOINTS[name][0], parameters, repository=repository, environ=environ)
+    except SettingsError as error:
+        raise ServeError(f"{name}: {error}") from None
+
+
+def _check(name: str, config: Any, repository: Path, environ: Mapping[str, str]) -> ModelSettings:
+    """Check settings and checkpoint before Triton starts, and write the absolute checkpoint path."""
+    settings = parse_settings(name, config, repository, environ)
+    try:
+        CHECKPOINTS[name][1](settings.model_path)
+    except CheckpointError as error:
         raise ServeError(f"{name}: {error}") from None
     config.parameters["model_path"].string_value = str(settings.model_path.absolute())
     return settings

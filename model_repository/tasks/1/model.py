@@ -1,4 +1,4 @@
-"""The `tasks` model: status, cancel and list of the requests in flight, from the board that the instances write."""
+"""The `tasks` model: requests in flight, load and settings, from the board that the instances write."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from genserve_backend.adapter.tensors import bytes_tensor, parse_text
 from genserve_backend.board import Board
 from genserve_backend.errors import InvalidInput, RequestError, ServerError
 
-ACTIONS = ("status", "cancel", "list")
+ACTIONS = ("status", "cancel", "list", "load", "config")
 
 logger = logging.getLogger("genserve_backend.tasks")
 
@@ -33,7 +33,7 @@ class TritonPythonModel:
         return [self.answer(request) for request in requests]
 
     def answer(self, request: Any) -> Any:
-        """Return the response: TASK as JSON (a list for the action list), and PREVIEW."""
+        """Return the response: TASK as JSON (a list for the actions list, load and config), and PREVIEW."""
         try:
             task, preview = self.act(parse_text(request, "ACTION"), parse_text(request, "TASK_ID"))
         except RequestError as error:
@@ -48,8 +48,9 @@ class TritonPythonModel:
         """Run the action, and return TASK and PREVIEW."""
         if action not in ACTIONS:
             raise InvalidInput.of("ACTION", action, ", ".join(ACTIONS))
-        if action == "list":
-            return self.board.listing(), b""
+        listings = {"list": self.board.listing, "load": self.board.load, "config": self.board.config}
+        if action in listings:
+            return listings[action](), b""
         if not 1 <= len(task_id) <= MAX_TASK_ID_CHARACTERS:
             raise InvalidInput.of("TASK_ID", f"{len(task_id):,} characters long", f"1 to {MAX_TASK_ID_CHARACTERS}")
         return self.board.status(task_id) if action == "status" else self.board.cancel(task_id)
