@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from genserve.cli_help import examples
+from genserve.cli_inspect import task_line
 from genserve.cli_options import (
     Servers,
     check_output,
@@ -18,16 +20,24 @@ from genserve.cli_options import (
     server_options,
     write_output,
 )
-from genserve.errors import NotAllowed
-from genserve.types import ImageFormat, Priority, ServerStatus, TaskStatus
+from genserve.cli_terminal import image_drawer, step_bar
+from genserve.image_files import checked_format, file_bytes
+from genserve.types import GeneratedImage, ImageFormat, Priority, TaskStatus
 
 SUFFIXES: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}
 output_type = click.Path(dir_okay=False, readable=False, path_type=Path)
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        'genserve generate "a red circle on a blue background" -o circle.png --steps 4 --seed 7',
+        'genserve generate "a blue star" -o star.webp --negative-prompt "a circle" --priority high',
+        'genserve generate "a green square" --show',
+    )
+)
 @click.argument("prompt")
-@click.option("-o", "--output", type=output_type, required=True, help="File to write.")
+@click.option("-o", "--output", type=output_type, help="File to write. Required without --show.")
+@click.option("--show", is_flag=True, help="Draw the image in the terminal; needs 'genserve[terminal]'.")
 @click.option("--negative-prompt", help="Content to keep out of the image.")
 @click.option("--true-cfg-scale", type=float, help="Scale of the negative prompt, 1 to 20.")
 @click.option("--height", type=int, help="Pixels, a multiple of 16.")
@@ -36,35 +46,62 @@ output_type = click.Path(dir_okay=False, readable=False, path_type=Path)
 @click.option("--guidance", type=float, help="Guidance scale, 0 to 20.")
 @click.option("--seed", type=int, help="0 to 2^63 - 1; the same seed gives the same image.  [default: random]")
 @click.option("--format", "image_format", help="png, jpeg or webp.  [default: from the file name]")
+@click.option("-q", "--quiet", is_flag=True, help="Print no progress and no summary.")
 @request_options
 @server_options
 @json_option
 def generate(
     prompt: str,
-    output: Path,
+    output: Path | None,
+    show: bool,
     image_format: ImageFormat | None,
+    quiet: bool,
     retry_for: float,
     servers: Servers,
     as_json: bool,
     **settings: Any,
 ) -> None:
-    """Generate an image from PROMPT."""
-    check_output(output)
-    image_format = image_format or SUFFIXES.get(output.suffix.lower(), "png")
-    with servers.client(retry_for=retry_for) as client:
-        image = client.generate(prompt, format=image_format, **settings)
-    write_output(output, image.data)
+    """Generate an image from PROMPT.
+
+    The suffix of the file selects its format: .png, .jpg, .webp, or any other that Pillow writes.
+    """
+    if output is None and not show:
+        raise click.UsageError("Missing option '-o' / '--output', or '--show'.")
+    if show and as_json:
+        raise click.UsageError("'--show' and '--json' exclude each other.")
+    suffix = output.suffix.lower() if output and not image_format else ""
+    if output:
+        checked_format(suffix)
+        check_output(output)
+    draw = image_drawer() if show else None
+    with servers.client(retry_for=retry_for) as client, step_bar(hidden=quiet or as_json) as on_progress:
+        image_format = image_format or SUFFIXES.get(suffix, "png")
+        image = client.generate(prompt, format=image_format, on_progress=on_progress, **settings)
+    if output:
+        write_output(output, file_bytes(image.data, suffix))
+    if draw:
+        draw(image.image)
     if as_json:
         click.echo(json.dumps({"file": str(output), **image.info}))
-    else:
-        info = image.info
-        click.echo(
-            f"{output}: {info['width']} x {info['height']}, {info['steps']} steps, seed {image.seed},"
-            f" {info['elapsed_time']:.2f} s on {info['device']}"
-        )
+    elif not quiet:
+        click.echo(_summary(output, image))
 
 
-@click.command()
+def _summary(output: Path | None, image: GeneratedImage) -> str:
+    info = image.info
+    text = (
+        f"{info['width']} x {info['height']}, {info['steps']} steps, seed {image.seed},"
+        f" {info['elapsed_time']:.2f} s on {info['device']}"
+    )
+    return f"{output}: {text}" if output else text
+
+
+@click.command(
+    epilog=examples(
+        'genserve rerank "capital of France" documents.txt --top-n 3',
+        "printf 'Paris is its capital.\\nBerlin is a city.\\n' | genserve rerank \"capital of France\" - --json",
+    )
+)
 @click.argument("query")
 @click.argument("file", type=click.File(encoding="utf-8"))
 @click.option("--top-n", type=click.IntRange(min=1), help="Number of documents to print.  [default: all]")
@@ -114,7 +151,7 @@ def rerank(
             click.echo(f"{document.score:.4f}  {document.document}")
 
 
-@click.command()
+@click.command(epilog=examples("genserve task poster-7", "genserve task poster-7 --preview so-far.jpg --json"))
 @click.argument("task_id")
 @click.option("--preview", type=output_type, help="Write the preview, a JPEG, to this file if there is one.")
 @server_options
@@ -133,7 +170,7 @@ def task(task_id: str, preview: Path | None, servers: Servers, as_json: bool) ->
     _print_task(found, as_json=as_json)
 
 
-@click.command()
+@click.command(epilog=examples("genserve cancel poster-7"))
 @click.argument("task_id")
 @server_options
 @json_option
@@ -145,65 +182,7 @@ def cancel(task_id: str, servers: Servers, as_json: bool) -> None:
 
 
 def _print_task(task: TaskStatus, *, as_json: bool) -> None:
-    click.echo(json.dumps(task.as_dict()) if as_json else _task_line(task))
+    click.echo(json.dumps(task.as_dict()) if as_json else task_line(task))
 
 
-def _task_line(task: TaskStatus) -> str:
-    parts = [f"task {task.task_id}", task.state]
-    if task.steps:
-        parts.append(f"step {task.step} of {task.steps}")
-    if task.instance:
-        parts.append(task.instance)
-    if task.error:
-        parts.append(task.error)
-    return "  ".join(parts)
-
-
-@click.command()
-@server_options
-@json_option
-def status(servers: Servers, as_json: bool) -> None:
-    """Show each server's state, models and tasks in flight. Fail if a server is not ready."""
-    with servers.client() as client:
-        found = client.status()
-    if as_json:
-        servers_json = [{**asdict(server), "tasks": [task.as_dict() for task in server.tasks]} for server in found]
-        click.echo(json.dumps(servers_json))
-    else:
-        for server in found:
-            _print_status(server)
-    bad = next((server for server in found if not server.ready), None)
-    if bad and bad.live:
-        fail(f"{bad.url} is not ready")
-    if bad:
-        refused = bad.error.startswith(f"{NotAllowed.__name__}: ")
-        fail(bad.error if refused else f"{bad.url} is not reachable")
-
-
-def _print_status(server: ServerStatus) -> None:
-    state = "ready" if server.ready else "not ready" if server.live else "not reachable"
-    click.echo(f"{server.url}  {state}" + (f"  Triton {server.version}" if server.version else ""))
-    for model in server.models:
-        click.echo(
-            f"  {model.name:<8} {model.state:<12} {model.succeeded} answered, {model.failed} failed,"
-            f" {model.queue_s:.3f} s mean queue"
-        )
-    for each in server.tasks:
-        click.echo(f"  {_task_line(each)}")
-
-
-@click.command()
-@server_options
-@json_option
-def models(servers: Servers, as_json: bool) -> None:
-    """List the models and their states."""
-    with servers.client() as client:
-        found = client.models()
-    if as_json:
-        click.echo(json.dumps([asdict(model) for model in found]))
-    else:
-        for model in found:
-            click.echo(f"{model.name:<8} version {model.version or '-'}  {model.state}  {model.reason}".rstrip())
-
-
-VERBS = (generate, rerank, task, cancel, status, models)
+VERBS = (generate, rerank, task, cancel)

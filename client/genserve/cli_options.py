@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 import click
 
 from genserve.access import TLS
-from genserve.client import DEFAULT_TIMEOUT_S, DEFAULT_URL, Client
+from genserve.aio import DEFAULT_TIMEOUT_S, DEFAULT_URL
+from genserve.client import Client
 from genserve.protocol import MAX_TASK_ID_CHARACTERS, PRIORITIES
 
 URL_ENV = "GENSERVE_URL"

@@ -10,13 +10,20 @@ from typing import Any
 
 import click
 
+from genserve.cli_help import examples
 from genserve.cli_options import Servers, fail, http_port_option, json_option, server_options
 
 LOAD_TIMEOUT_S = 900.0
 """Default time limit of `doctor --load` for a model: a full-size FLUX takes minutes to load from a slow disk."""
 
 
-@click.command()
+@click.command(
+    epilog=examples(
+        "genserve serve",
+        "genserve serve --gpus 0,1 --instances rerank=2 --detach",
+        "genserve serve --model flux --http-port 9000 --grpc-port 9001 --metrics-port 9002",
+    )
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to bind to; 0.0.0.0 for every interface.")
 @http_port_option
 @click.option("--grpc-port", type=click.IntRange(1, 65535), default=8001, show_default=True)
@@ -80,7 +87,7 @@ def _instance_count(text: str) -> tuple[str, int]:
     return model, int(count)
 
 
-@click.command()
+@click.command(epilog=examples("genserve stop", "genserve stop --http-port 9000"))
 @http_port_option
 @json_option
 def stop(http_port: int, as_json: bool) -> None:
@@ -98,7 +105,9 @@ def stop(http_port: int, as_json: bool) -> None:
         fail(str(error))
 
 
-@click.command()
+@click.command(
+    epilog=examples("genserve doctor", "genserve doctor --model flux --load", "genserve doctor --url localhost:8001")
+)
 @http_port_option
 @click.option("--model", metavar="NAME", help="Check only this model.  [default: all models with a checkpoint]")
 @click.option("--load", is_flag=True, help="Load each model in a process of its own, and make a small image or score.")

@@ -75,7 +75,8 @@ def failure(result: Result) -> str:
 
 
 def test_contract_verbs_exist() -> None:
-    assert {"serve", "stop", "generate", "rerank", "task", "cancel", "status", "models", "doctor"} <= set(main.commands)
+    verbs = {"serve", "stop", "generate", "rerank", "map", "task", "cancel", "status", "models", "doctor"}
+    assert verbs <= set(main.commands)
 
 
 @pytest.mark.parametrize(
@@ -291,6 +292,25 @@ def test_file_suffix_selects_the_format(
 ) -> None:
     ask("generate", "a cat", "-o", str(tmp_path / name), *(["--format", option] if option else []))
     assert fake_server.calls[0].inputs["FORMAT"].item() == sent
+
+
+@pytest.mark.parametrize(("name", "kind"), [("x.gif", "GIF"), ("x.webp", "WEBP"), ("x", "PNG")])
+def test_file_is_converted_to_what_its_suffix_says(name: str, kind: str, ask: Invoke, tmp_path: Path) -> None:
+    assert ask("generate", "a cat", "-o", str(tmp_path / name)).exit_code == 0
+    assert Image.open(tmp_path / name).format == kind
+
+
+def test_given_format_is_written_whatever_the_suffix(ask: Invoke, tmp_path: Path) -> None:
+    for name in ("x.webp", "x.xyz"):
+        assert ask("generate", "a cat", "-o", str(tmp_path / name), "--format", "png").exit_code == 0
+        assert Image.open(tmp_path / name).format == "PNG"
+
+
+def test_unknown_suffix_fails_before_any_request(ask: Invoke, fake_server: FakeServer, tmp_path: Path) -> None:
+    message = failure(ask("generate", "a cat", "-o", str(tmp_path / "x.xyz")))
+    assert message.startswith("InvalidInput: the suffix is '.xyz'; allowed: ")
+    assert fake_server.calls == []
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("verb", [["generate", "x", "-o"], ["task", "mine", "--preview"]], ids=["generate", "task"])
