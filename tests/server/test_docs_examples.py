@@ -22,10 +22,10 @@ def blocks(page: str, language: str) -> list[str]:
 
 
 def commands(page: str) -> list[str]:
-    """Return the commands that call a server, without their output."""
+    """Return the commands that call a server, or write the files for that, without their output."""
     lines = "".join(blocks(page, "console")).replace("\\\n", " ").splitlines()
     calls = [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
-    return [call for call in calls if re.search(r"\bgenserve (?!serve|stop|doctor$)|\bcurl\b", call)]
+    return [call for call in calls if re.search(r"^echo |\bgenserve (?!serve|stop|doctor$)|\bcurl\b", call)]
 
 
 def local(text: str, server: Server) -> str:
