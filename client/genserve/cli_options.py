@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import click
 
 from genserve.access import TLS
-from genserve.aio import DEFAULT_TIMEOUT_S, DEFAULT_URL
+from genserve.aio import DEFAULT_TIMEOUT_S, DEFAULT_URL, AsyncClient
 from genserve.client import Client
 from genserve.protocol import MAX_TASK_ID_CHARACTERS, PRIORITIES
 
@@ -79,11 +79,18 @@ class Servers:
 
     def client(self, **options: Any) -> Client:
         """Return a client for these servers, or for the click context's transport if one is set, as in tests."""
+        return Client(**self._addresses(), **options)
+
+    def async_client(self, **options: Any) -> AsyncClient:
+        """Return an asynchronous client like `client`."""
+        return AsyncClient(**self._addresses(), **options)
+
+    def _addresses(self) -> dict[str, Any]:
         transport = click.get_current_context().obj
         if transport is not None:
-            return Client(transport=transport, **options)
+            return {"transport": transport}
         urls = self.urls or tuple(filter(None, os.environ.get(URL_ENV, "").split(","))) or (DEFAULT_URL,)
-        return Client(urls, tls=self.tls, headers=self.headers, **options)
+        return {"url": urls, "tls": self.tls, "headers": self.headers}
 
 
 def server_options(verb: Verb) -> Verb:

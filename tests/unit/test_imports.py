@@ -19,7 +19,8 @@ ALLOWED = {
     "shared": set(),
     "client": set(),
     "serve": {"client", "flux", "rerank", "worker", "shared"},
-    "command line": {"client", "serve"},
+    "gateway": {"client"},
+    "command line": {"client", "gateway", "serve"},
 }
 """Layers that each layer may import, besides itself. `shared` are the modules next to the packages, as settings."""
 TORCH = {"torch", "diffusers", "transformers", "vllm"}
@@ -47,8 +48,8 @@ def layer(module: str) -> str:
         return "model.py"
     if package == "genserve":
         return (
-            "serve"
-            if first == "serve"
+            first
+            if first in {"gateway", "serve"}
             else "command line"
             if first in {"cli", "__main__"} or first.startswith("cli_")
             else "client"
