@@ -10,7 +10,7 @@ from genserve.access import TLS, Address
 from genserve.errors import InvalidInput
 from genserve.per_loop import PerLoop
 from genserve.protocol import Call, Outputs
-from genserve.wire import PROBE_TIMEOUT_S, infer_options, input_tensor, parse_outputs, translated
+from genserve.wire import PROBE_TIMEOUT_S, all_headers, infer_options, input_tensor, parse_outputs, translated
 
 MAX_MESSAGE_BYTES = 2**31 - 1
 CHANNEL_OPTIONS = (
@@ -44,7 +44,7 @@ class GrpcTransport:
                 call.model,
                 inputs,
                 outputs=[triton_grpc.InferRequestedOutput(name) for name in call.outputs],
-                headers=self._headers,
+                headers=all_headers(self._headers),
                 client_timeout=timeout_s,
                 **infer_options(call, timeout_s),
             )
@@ -79,7 +79,7 @@ class GrpcTransport:
     async def _ask(self, method: str, *arguments: Any, **options: Any) -> Any:
         with translated(self.url):
             ask = getattr(self._clients.get(), method)
-            return await ask(*arguments, headers=self._headers, client_timeout=PROBE_TIMEOUT_S, **options)
+            return await ask(*arguments, headers=all_headers(self._headers), client_timeout=PROBE_TIMEOUT_S, **options)
 
 
 def _names(address: Address) -> list[tuple[str, str]]:

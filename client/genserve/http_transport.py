@@ -23,6 +23,7 @@ from genserve.protocol import Call, Outputs
 from genserve.retry import Deadline
 from genserve.wire import (
     PROBE_TIMEOUT_S,
+    all_headers,
     answer_error,
     infer_options,
     input_tensor,
@@ -137,7 +138,7 @@ class HttpTransport:
         self, method: str, path: str, timeout_s: float, *, headers: dict[str, str] | None = None, data: Any = None
     ) -> Answer:
         deadline = Deadline(timeout_s)
-        options = {"data": data, "headers": {**self._headers, **(headers or {})}, **self._options}
+        options = {"data": data, "headers": {**all_headers(self._headers), **(headers or {})}, **self._options}
         with _connected(self.url):
             try:
                 return await self._send_once(method, path, timeout_s, options)
@@ -169,8 +170,12 @@ class HttpTransport:
 
 def _session() -> aiohttp.ClientSession:
     # The number of connections is the caller's number of requests at once. Cookies would tie requests together.
+    # Triton would compress its answers, images included, if the caller accepted that.
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, enable_cleanup_closed=True), cookie_jar=aiohttp.DummyCookieJar()
+        connector=aiohttp.TCPConnector(limit=0, enable_cleanup_closed=True),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        headers={"Accept-Encoding": "identity"},
+        auto_decompress=False,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import random
 import time
 from collections import Counter
@@ -21,7 +22,9 @@ PROBE_FIRST_S = 0.25
 PROBE_LONGEST_S = 5.0
 """Seconds between the probes of a server that is set aside; they double from the first to the longest."""
 WATCH_S = 5.0
-"""Seconds without an answer after which a server with requests in flight is probed, and between two probes."""
+"""Seconds without an answer after which a server with requests in flight is probed."""
+MISSED_S = 1.0
+"""Seconds between a failed probe and the next one."""
 HUNG_PROBES = 3
 """Failed probes in a row after which a server hangs."""
 FAREWELL_S = 2.0
@@ -152,7 +155,7 @@ class Pool:
         """Move the requests of a server that hangs to the others."""
         missed = 0
         while True:
-            await asyncio.sleep(WATCH_S)
+            await asyncio.sleep(min(WATCH_S, MISSED_S) if missed else WATCH_S)
             silent_since = max(server.answered, min((each.since for each in server.running.values()), default=0.0))
             if not server.running or time.monotonic() - silent_since < WATCH_S:
                 missed = 0
@@ -163,7 +166,9 @@ class Pool:
                 missed = 0
 
     def _spawn(self, work: Coroutine[Any, Any, None], name: str | None = None) -> asyncio.Task[None]:
-        task = asyncio.ensure_future(work)
+        # Watches and probes serve all requests, so they inherit nothing from the one that happened to start them.
+        context = contextvars.copy_context() if name else contextvars.Context()
+        task = context.run(asyncio.ensure_future, work)
         if name:
             task.set_name(name)
         self._tasks.add(task)

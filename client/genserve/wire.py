@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from types import MappingProxyType
 from typing import Any
 
 from tritonclient.utils import InferenceServerException
@@ -22,6 +24,28 @@ from genserve.retry import parse_retry_after
 
 PROBE_TIMEOUT_S = 5.0
 """Timeout of requests that a healthy server answers at once."""
+_PASSED_ON: ContextVar[Mapping[str, str]] = ContextVar("passed on", default=MappingProxyType({}))
+
+
+@contextlib.contextmanager
+def passing_on(headers: Mapping[str, str]) -> Iterator[None]:
+    """Send headers with every request that the block causes, also from the tasks that it starts.
+
+    A gateway passes on its caller's trace context with it. Over gRPC, headers are metadata.
+
+    Args:
+        headers: Headers by lower-case name, in printable ASCII.
+    """
+    token = _PASSED_ON.set(headers)
+    try:
+        yield
+    finally:
+        _PASSED_ON.reset(token)
+
+
+def all_headers(own: Mapping[str, str]) -> dict[str, str]:
+    """Return a transport's own headers and those of `passing_on`."""
+    return {**own, **_PASSED_ON.get()}
 
 
 def input_tensor(kind: Any, name: str, array: Any) -> Any:

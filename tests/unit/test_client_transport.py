@@ -25,7 +25,9 @@ from genserve import (
     ServerError,
     ServerUnavailable,
 )
+from genserve.background import LOOP
 from genserve.protocol import Call
+from genserve.wire import passing_on
 
 HEADERS = {"Authorization": "Bearer right", "X-Tenant": "a"}
 CALL = Call("rerank", {"QUERY": np.array([[b"q"]], dtype=np.object_)}, ("SCORES",), priority=1, request_id="mine")
@@ -120,6 +122,24 @@ def test_http_sends_headers_and_prefix_with_every_request(
     ((_, path, headers, _),) = http_server.seen
     assert path == PATHS[verb]
     assert {name: headers[name] for name in HEADERS} == HEADERS
+
+
+TRACE = {"traceparent": "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", "tracestate": "a=1"}
+
+
+async def passing_on_trace(transport: BlockingTransport) -> None:
+    """Use every verb within a trace, and one of them again after it."""
+    with passing_on(TRACE):
+        await transport.transport.infer(CALL, 2.5)
+        for name in ("live", "ready", "metadata", "models", "statistics"):
+            await getattr(transport.transport, name)()
+    await transport.transport.live()
+
+
+def test_http_passes_on_headers(http: BlockingTransport, http_server: HttpServer) -> None:
+    LOOP.run(passing_on_trace(http))
+    seen = [{name: headers.get(name) for name in (*TRACE, "X-Tenant")} for _, _, headers, _ in http_server.seen]
+    assert seen == [{**TRACE, "X-Tenant": "a"}] * 6 + [{**dict.fromkeys(TRACE), "X-Tenant": "a"}]
 
 
 def test_http_sends_request_id_priority_and_timeout(http: BlockingTransport, http_server: HttpServer) -> None:
@@ -278,6 +298,12 @@ def test_grpc_sends_headers_as_metadata_with_every_request(
     assert VERBS[verb](grpc_transport) == RESULTS[verb]
     ((_, metadata, _),) = grpc_server.seen
     assert (metadata["authorization"], metadata["x-tenant"]) == ("Bearer right", "a")
+
+
+def test_grpc_passes_on_headers_as_metadata(grpc_transport: BlockingTransport, grpc_server: GrpcServer) -> None:
+    LOOP.run(passing_on_trace(grpc_transport))
+    seen = [{name: metadata.get(name) for name in (*TRACE, "x-tenant")} for _, metadata, _ in grpc_server.seen]
+    assert seen == [{**TRACE, "x-tenant": "a"}] * 6 + [{**dict.fromkeys(TRACE), "x-tenant": "a"}]
 
 
 @pytest.mark.parametrize(
