@@ -121,7 +121,8 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Cancel submitted tasks that are not done, and close all connections."""
-        unfinished = [task for task in self._submitted if not task.done()]
+        # A task of another loop is that of a parent process: it can neither be cancelled nor awaited here.
+        unfinished = [task for task in self._submitted if task.is_here and not task.done()]
         await asyncio.gather(*(task.cancel() for task in unfinished))
         await self._pool.close()
 
@@ -165,6 +166,8 @@ class AsyncClient:
         Raises:
             GenServeError: See `genserve.errors`.
         """
+        if on_progress is not None and not callable(on_progress):
+            raise InvalidInput(f"on_progress is {on_progress!r:.80}; allowed: a function")
         call = generate_call(
             prompt,
             negative_prompt=negative_prompt,
@@ -218,8 +221,10 @@ class AsyncClient:
         Raises:
             GenServeError: See `genserve.errors`.
         """
-        if top_n is not None and top_n < 1:
-            raise InvalidInput(f"top_n is {top_n}; allowed: at least 1")
+        if top_n is not None and (not isinstance(top_n, int) or top_n < 1):
+            raise InvalidInput(f"top_n is {top_n!r:.80}; allowed: at least 1")
+        if not isinstance(documents, Iterable):
+            raise InvalidInput(f"DOCUMENTS is {documents!r:.80}; allowed: a list of 1 to 1,000 documents")
         if isinstance(documents, (str, bytes)):
             raise InvalidInput("DOCUMENTS is one text; allowed: a list of 1 to 1,000 documents")
         documents = list(documents)
@@ -444,7 +449,9 @@ class AsyncClient:
             verb = next((verb for verb, (key, *_) in verbs.items() if isinstance(item, Mapping) and key in item), None)
             method = getattr(patient, verb or next(iter(verbs)))
             arguments = item_arguments(item, method, verbs[verb or next(iter(verbs))], shared)
-            return await method(**{**arguments, "timeout": min(left_s, arguments.get("timeout") or left_s)})
+            own = arguments.get("timeout")
+            timeout = left_s if own is None else min(left_s, checked_timeout(own))
+            return await method(**{**arguments, "timeout": timeout})
 
         async def make() -> Bulk[Any]:
             found = Concurrency(concurrency, len(await self._pool.servers()))

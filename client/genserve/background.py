@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import CancelledError
 from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
@@ -28,16 +28,18 @@ class Background:
         self._loop: Loop | None = None
         self._thread: threading.Thread | None = None
         self._lock = threading.Lock()
+        self._has_ended = False
         os.register_at_fork(after_in_child=self._forget)
         atexit.register(self._stop)
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine in the loop and return its result. An interrupted caller cancels it."""
-        if self._loop and self._loop.has_ended:
-            return self._run_late(self._loop, coroutine)
-        work = self._start(coroutine)
+        if self._has_ended:
+            return self._run_late(coroutine)
+        work = self._work(coroutine)
         try:
-            return work.result.result()
+            work.start()
+            return work.result()
         except BaseException:
             work.cancel()
             raise
@@ -49,13 +51,15 @@ class Background:
             start: Factory of the coroutine; its argument is the function to pass on in place of `call`.
             call: Function to be called in the caller's thread. If it raises, the coroutine is cancelled.
         """
+        if self._has_ended:
+            return self._run_late(start(call))
         arguments: SimpleQueue[tuple[Any, ...] | None] = SimpleQueue()
-        work = self._start(start(lambda *given: arguments.put(given)))
-        work.result.add_done_callback(lambda _: arguments.put(None))
+        work = self._work(start(lambda *given: arguments.put(given)), when_ended=lambda: arguments.put(None))
         try:
+            work.start()
             while (given := arguments.get()) is not None:
                 call(*given)
-            return work.result.result()
+            return work.result()
         except BaseException:
             work.cancel()
             raise
@@ -75,19 +79,23 @@ class Background:
             if isinstance(iterator, AsyncGenerator):
                 self.run(_closed(iterator))
 
-    def _start(self, coroutine: Coroutine[Any, Any, T]) -> Work[T]:
+    def _work(self, coroutine: Coroutine[Any, Any, T], when_ended: Callable[[], object] = lambda: None) -> Work[T]:
         loop = self._started()
         if threading.current_thread() is self._thread:
             coroutine.close()
             raise RuntimeError("a synchronous Client was called inside the event loop of all synchronous Clients")
-        return Work(loop, coroutine)
+        return Work(loop, coroutine, when_ended)
 
     def _started(self) -> Loop:
         with self._lock:
             if self._loop is None:
                 loop = Loop()
                 thread = threading.Thread(target=_serve, args=[loop], name="genserve-client", daemon=True)
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError:
+                    loop.close()
+                    raise
                 # Only now: an interruption of the lines above must not leave a loop without its thread.
                 self._loop, self._thread = loop, thread
             return self._loop
@@ -102,17 +110,20 @@ class Background:
         loop, thread = self._loop, self._thread
         if loop and thread:
             loop.is_ending = True
+            work = Work(loop, _ended())
+            work.start()
             with suppress(KeyboardInterrupt):
-                wait([Work(loop, _ended()).result], 2 * CLEANUP_S)
+                work.wait(2 * CLEANUP_S)
             loop.call_soon_threadsafe(loop.stop)
             thread.join(CLEANUP_S)
-            loop.has_ended = not thread.is_alive()
+        self._has_ended = True
 
-    def _run_late(self, loop: Loop, coroutine: Coroutine[Any, Any, T]) -> T:
+    def _run_late(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine at the end of the program, as of an iterator that was left early and is deleted only then."""
         if threading.current_thread() is not threading.main_thread():
             threading.Event().wait()  # Only daemon threads are left, which end here like those in the middle of a call.
-        return loop.run_until_complete(coroutine)
+        self._loop = self._loop or Loop()
+        return self._loop.run_until_complete(coroutine)
 
 
 class Loop(asyncio.SelectorEventLoop):
@@ -124,14 +135,12 @@ class Loop(asyncio.SelectorEventLoop):
 
     Attributes:
         is_ending: The program ends, so nobody waits for the results.
-        has_ended: The loop's thread has ended.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._owner = os.getpid()
         self.is_ending = False
-        self.has_ended = False
 
     def is_closed(self) -> bool:
         """Return whether nothing can run in the loop."""
@@ -144,39 +153,67 @@ class Loop(asyncio.SelectorEventLoop):
 
 
 class Work(Generic[T]):
-    """Coroutine that runs in a loop, for the thread that waits for it.
+    """Coroutine that runs in a loop, for the one thread that waits for it.
 
-    Attributes:
-        result: The coroutine's result. It is there only once the coroutine has ended, cancelled or not.
+    Args:
+        loop: The loop.
+        coroutine: The coroutine.
+        when_ended: Function to be called in the loop once the coroutine has ended, cancelled or not.
     """
 
-    def __init__(self, loop: Loop, coroutine: Coroutine[Any, Any, T]) -> None:
-        self.result: Future[T] = Future()
+    def __init__(
+        self, loop: Loop, coroutine: Coroutine[Any, Any, T], when_ended: Callable[[], object] = lambda: None
+    ) -> None:
         self._loop = loop
-        loop.call_soon_threadsafe(self._start, coroutine)
+        self._coroutine = coroutine
+        self._when_ended = when_ended
+        self._task: asyncio.Future[T] | None = None
+        self._has_ended = False
+        # Locked until the end. A bare lock: Ctrl-C inside an event or a future could leave it locked for the loop, too.
+        self._running = threading.Lock()
+        self._running.acquire()
+
+    def start(self) -> None:
+        """Start the coroutine. Even if the caller is interrupted here, `cancel` ends it."""
+        self._loop.call_soon_threadsafe(self._start)
+
+    def result(self) -> T:
+        """Wait for the coroutine's result and return it, or raise its exception."""
+        self.wait()
+        if self._task is None or self._task.cancelled():
+            raise CancelledError
+        return self._task.result()
+
+    def wait(self, timeout_s: float = -1) -> None:
+        """Wait until the coroutine has ended, at most `timeout_s` seconds unless negative."""
+        if not self._has_ended:
+            self._running.acquire(timeout=timeout_s)
 
     def cancel(self) -> None:
         """Cancel the coroutine unless it has ended, and wait for its end, so that servers have been told."""
-        if not self.result.done():
+        if not self._has_ended:
             self._loop.call_soon_threadsafe(self._cancel)
-            wait([self.result], CLEANUP_S)
+            self.wait(CLEANUP_S)
 
-    def _start(self, coroutine: Coroutine[Any, Any, T]) -> None:
-        self._task = self._loop.create_task(coroutine)
+    def _start(self) -> None:
+        self._task = self._loop.create_task(self._coroutine)
         self._task.add_done_callback(self._end)
 
     def _cancel(self) -> None:
-        self._task.cancel()
+        if self._task:
+            self._task.cancel()
+        else:
+            self._coroutine.close()
+            self._end()
 
-    def _end(self, task: asyncio.Task[T]) -> None:
-        if not task.cancelled():
-            error = task.exception()
-            if error is None:
-                self.result.set_result(task.result())
-            else:
-                self.result.set_exception(error)
-        elif not self._loop.is_ending:  # Else a daemon thread would print the cancellation.
-            self.result.cancel()
+    def _end(self, task: asyncio.Future[T] | None = None) -> None:
+        if task and task.cancelled() and self._loop.is_ending:
+            return  # Only a daemon thread can still wait. It would print the cancellation.
+        if task and not task.cancelled():
+            task.exception()  # Else asyncio logs that of a caller that was interrupted.
+        self._has_ended = True
+        self._running.release()
+        self._when_ended()
 
 
 def _serve(loop: Loop) -> None:

@@ -69,12 +69,14 @@ class Bulk(Generic[T]):
         self._finished: dict[int, MapResult[T]] = {}
         self._ready: deque[MapResult[T]] = deque()
         self._next = 0
+        self._defect: BaseException | None = None
+        """Exception that no item may raise: the caller gets it, in place of a result that never comes."""
         self._changed = asyncio.Event()
 
     @property
     def is_idle(self) -> bool:
         """True if every item that was started has been returned."""
-        return not self._tasks and not self._finished and not self._ready
+        return not (self._tasks or self._finished or self._ready or self._defect)
 
     async def advance(self, *numbered: tuple[int, Any], more: bool) -> list[MapResult[T]]:
         """Start items, and return the results that are there when the call ends.
@@ -89,6 +91,8 @@ class Bulk(Generic[T]):
             task.add_done_callback(self._leave)
         found: list[MapResult[T]] = []
         while True:
+            if self._defect:
+                raise self._defect
             found += self._ready
             self._ready.clear()
             if self.is_idle or (self._room if more else found):
@@ -104,6 +108,8 @@ class Bulk(Generic[T]):
 
     def _leave(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
+        if not task.cancelled():
+            self._defect = self._defect or task.exception()
         self._changed.set()
 
     async def close(self) -> None:

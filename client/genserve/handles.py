@@ -40,6 +40,11 @@ class AsyncTask:
         self._look = look
         self._seen = TaskStatus(task_id, "waiting")
 
+    @property
+    def is_here(self) -> bool:
+        """True if the task belongs to the running event loop, not to that of a process before a fork."""
+        return self._work.get_loop() is asyncio.get_running_loop()
+
     def done(self) -> bool:
         """Return whether the task has ended: done, failed or cancelled."""
         return self._work.done()

@@ -67,7 +67,7 @@ class HttpTransport:
             self._options["ssl"] = tls.context()
             if address.named:
                 self._options["server_hostname"] = address.named.rpartition(":")[0]
-        self._sessions = PerLoop(_session)
+        self._sessions = PerLoop(_session, self._drop)
 
     async def infer(self, call: Call, timeout_s: float) -> Outputs:
         """See Transport."""
@@ -116,6 +116,10 @@ class HttpTransport:
         session = self._sessions.pop()
         if session is not None:
             await session.close()
+
+    def _drop(self, session: aiohttp.ClientSession) -> None:
+        """Forget the connections of a loop that has been closed. aiohttp would log that they are open."""
+        self._dropping = asyncio.ensure_future(session.close())
 
     async def _is_ok(self, path: str) -> bool:
         """Return whether a health endpoint answers 200. Raise NotAllowed if a gateway rejects the request."""

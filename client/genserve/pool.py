@@ -148,7 +148,7 @@ class Pool:
 
     def _watch(self, server: Server) -> None:
         task = self._watched.get(server)
-        if task is None or task.done():
+        if task is None or task.done() or task.get_loop() is not asyncio.get_running_loop():
             self._watched[server] = self._spawn(self._watch_for_hangs(server))
 
     async def _watch_for_hangs(self, server: Server) -> None:

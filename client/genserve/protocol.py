@@ -100,8 +100,11 @@ def generate_call(
 
 def generated_image(outputs: Outputs) -> GeneratedImage:
     """Return the image in a `flux` answer."""
+    data = outputs["IMAGE"].item()
+    if not isinstance(data, bytes):
+        raise ServerError("IMAGE is not binary data")
     return GeneratedImage(
-        data=bytes(outputs["IMAGE"].item()),
+        data=data,
         seed=int(outputs["SEED"].item()),
         info=_json("INFO", outputs["INFO"].item()),
     )
@@ -224,12 +227,12 @@ _PLAIN: dict[str, Callable[[Any], Any]] = {
 def _lora(adapters: Sequence[dict[str, Any]]) -> str:
     try:
         return json.dumps(list(adapters))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise InvalidInput(f"LORA cannot be sent as JSON: {error}") from None
 
 
 def _priority(name: Priority) -> int:
-    if name not in PRIORITIES:
+    if not isinstance(name, str) or name not in PRIORITIES:
         raise InvalidInput(f"priority is {name!r}; allowed: {', '.join(PRIORITIES)}")
     return PRIORITIES[name]
 

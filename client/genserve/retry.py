@@ -6,6 +6,7 @@ import random
 import time
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
+from numbers import Real
 
 from genserve.errors import DeadlineExceeded, GenServeError, InvalidInput, QueueFull, ServerUnavailable
 
@@ -74,8 +75,8 @@ def checked_timeout(timeout: float) -> float:
     Raises:
         InvalidInput: The timeout is not above 0, or not finite.
     """
-    if not 0 < timeout < float("inf"):
-        raise InvalidInput(f"timeout is {timeout}; allowed: seconds, above 0")
+    if not isinstance(timeout, Real) or not 0 < timeout < float("inf"):
+        raise InvalidInput(f"timeout is {timeout!r:.80}; allowed: seconds, above 0")
     return timeout
 
 

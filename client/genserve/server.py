@@ -16,7 +16,7 @@ from genserve.transport import AsyncTransport
 
 SMOOTHING = 0.3
 """Weight of the newest request in the mean duration."""
-NOISE_S = 0.01
+NOISE_S = 0.05
 """Differences of durations up to this one do not matter."""
 
 

@@ -132,19 +132,19 @@ def test_slow_server_gets_fewer_requests_but_is_never_idle() -> None:
     async def run() -> list[int]:
         servers = fleet(4)
         for server in servers[:3]:
-            server.always = after(0.02)
-        servers[3].always = after(0.08)
+            server.always = after(0.1)
+        servers[3].always = after(0.4)
         async with client(servers) as ours:
-            async for result in ours.map_rerank([("q", ["d"])] * 240, concurrency=12, ordered=False):
+            async for result in ours.map_rerank([("q", ["d"])] * 120, concurrency=12, ordered=False):
                 assert result.ok
         return counts(servers)
 
     shares = asyncio.run(run())
-    assert sum(shares) == 240
+    assert sum(shares) == 120
     # Such servers answer any number at once. By number alone, the slow one would get as many at a time as the others,
-    # 18 in all; by speed as well, about half of that.
-    assert 4 <= shares[3] <= 15
-    assert max(shares[:3]) - min(shares[:3]) <= 12
+    # 9 in all; by speed as well, about half of that.
+    assert 2 <= shares[3] <= 8
+    assert max(shares[:3]) - min(shares[:3]) <= 8
 
 
 def test_hung_server_loses_its_requests_to_the_others() -> None:
