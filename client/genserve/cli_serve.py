@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from genserve.cli_gateway import require_gateway
 from genserve.cli_help import examples
 from genserve.cli_options import Servers, fail, http_port_option, json_option, server_options
 
@@ -22,12 +23,18 @@ LOAD_TIMEOUT_S = 900.0
         "genserve serve",
         "genserve serve --gpus 0,1 --instances rerank=2 --detach",
         "genserve serve --model flux --http-port 9000 --grpc-port 9001 --metrics-port 9002",
+        "genserve serve --gateway-port 12411",
     )
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to bind to; 0.0.0.0 for every interface.")
 @http_port_option
 @click.option("--grpc-port", type=click.IntRange(1, 65535), default=8001, show_default=True)
 @click.option("--metrics-port", type=click.IntRange(1, 65535), default=8002, show_default=True)
+@click.option(
+    "--gateway-port",
+    type=click.IntRange(1, 65535),
+    help="Also run a gateway on this port, with the options of `genserve gateway` that the environment sets.",
+)
 @click.option("--repository", type=click.Path(path_type=Path), help="Model repository.  [default: ./model_repository]")
 @click.option("--gpus", help="GPU ids, as in 0,1.  [default: FLUX_GPUS and RERANK_GPUS, else all]")
 @click.option("--model", "models_", multiple=True, help="Serve only this model. Repeatable.")
@@ -48,6 +55,8 @@ def serve(
     from genserve.serve.options import ServeError, ServeOptions
     from genserve.serve.server import Server, start_detached
 
+    if addresses["gateway_port"]:
+        require_gateway()
     options = ServeOptions(
         models=models_, gpus=_gpus(gpus), instances=dict(map(_instance_count, instances)), **addresses
     )

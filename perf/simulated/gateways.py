@@ -64,14 +64,20 @@ class GatewayProcess:
             self._process.wait()
             self._process = None
 
-    def terminate(self) -> int:
-        """Stop it in order, and return its exit code."""
+    def terminate(self) -> None:
+        """Stop it in order.
+
+        Raises:
+            ServeError: It does not run, or does not end.
+        """
         if self._process is None:
             raise ServeError(f"{self.name} is not running")
         self._process.terminate()
-        code = self._process.wait(ASK_TIMEOUT_S)
+        try:
+            self._process.wait(ASK_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            raise ServeError(f"{self.name} has not ended within {ASK_TIMEOUT_S:g} s") from None
         self._process = None
-        return code
 
     def require_running(self) -> None:
         """Check that it has not ended by itself.

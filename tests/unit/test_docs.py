@@ -83,7 +83,7 @@ def test_every_error_has_a_triton_code_and_a_client_exception(generate: ModuleTy
 
 
 def test_every_environment_variable_is_documented() -> None:
-    text = page("api.md") + page("client.md")
+    text = page("api.md") + page("client.md") + page("gateway.md")
     code = [path.read_text() for folder in ("client", "backend") for path in (ROOT / folder).rglob("*.py")]
     pattern = r'"((?:GENSERVE|FLUX|RERANK|MAX|TASK|GPU|HANG|SAVE|SCORE)_[A-Z_]+|WORKERS)"'
     names = {name for source in code for name in re.findall(pattern, source)}

@@ -16,7 +16,7 @@ from genserve import AsyncClient, DeadlineExceeded, InvalidInput, OutOfMemory, Q
 from genserve.gateway.app import create_app
 from genserve.gateway.context import Context
 from genserve.gateway.errors import Failure
-from genserve.gateway.images import Partial
+from genserve.gateway.image_events import REFUSAL_S, Partial
 from genserve.gateway.settings import GatewaySettings
 from genserve.protocol import Call, Outputs
 from genserve.types import TaskStatus
@@ -138,13 +138,42 @@ def test_stream_ends_with_each_image() -> None:
     assert answer.text.count("event: image_generation.completed") == 2
 
 
-def test_stream_tells_its_error() -> None:
+def test_stream_that_fails_at_once_has_the_status_of_its_error() -> None:
     server = FakeServer()
     server.always = ServerError("broken")
+    answer = ask(server, "POST", "/v1/images/generations", json={"prompt": "x", "stream": True, "n": 2})
+    assert answer.status_code == 500
+    assert answer.json()["error"]["message"] == "broken"
+    assert server.running == 0
+
+
+def test_stream_that_fails_later_tells_its_error() -> None:
+    server = FakeServer()
+
+    async def fail_later(call: Call) -> Outputs:
+        await asyncio.sleep(REFUSAL_S + 0.2)
+        raise ServerError("broken")
+
+    server.always = fail_later
     answer = ask(server, "POST", "/v1/images/generations", json={"prompt": "x", "stream": True})
     assert answer.status_code == 200
-    assert "event: error" in answer.text
+    assert answer.text.count("event: error") == 1
     assert "broken" in answer.text
+
+
+def test_failed_image_ends_the_others() -> None:
+    server = FakeServer()
+
+    async def fail_first(call: Call) -> Outputs:
+        if call.request_id == "mine":
+            raise ServerError("broken")
+        return await asyncio.Event().wait()  # type: ignore[return-value]
+
+    server.always = fail_first
+    body = {"prompt": "x", "n": 3}
+    answer = ask(server, "POST", "/v1/images/generations", json=body, headers={"x-request-id": "mine"})
+    assert answer.status_code == 500
+    assert server.running == 0
 
 
 def test_previews_are_spread_over_the_steps() -> None:
@@ -191,9 +220,10 @@ def test_errors_become_statuses(error: Exception, status: int) -> None:
     [
         ("/generate", {"error", "message", "request_id"}),
         ("/v1/images/generations", {"error", "request_id"}),
-        ("/v1/rerank", {"id", "message"}),
-        ("/v2/rerank", {"id", "message"}),
-        ("/rerank", {"error", "error_type", "request_id"}),
+        ("/v1/rerank", {"id", "message", "detail"}),
+        ("/v2/rerank", {"id", "message", "detail"}),
+        ("/rerank", {"error", "error_type", "detail", "request_id"}),
+        ("/score", {"error", "request_id"}),
         ("/v1/ranking", {"object", "message", "type", "detail"}),
     ],
 )
@@ -205,7 +235,8 @@ def test_errors_become_statuses(error: Exception, status: int) -> None:
 def test_unusable_bodies_are_refused_in_each_dialect(path: str, shape: set[str], content: bytes) -> None:
     server = FakeServer()
     answer = ask(server, "POST", path, content=content, headers={"content-type": "application/json"})
-    assert answer.status_code == (413 if len(content) > 4096 else 400)
+    unreadable = 422 if "rank" in path else 400
+    assert answer.status_code == (413 if len(content) > 4096 else unreadable)
     assert answer.json().keys() == shape
     assert server.calls == []
 

@@ -31,9 +31,11 @@ STATUSES: tuple[tuple[type[GenServeError], int], ...] = (
 """Status of each exception of the client; others are 500."""
 RETRYABLE = (QueueFull, ServerUnavailable)
 """Exceptions after which the same request may succeed a little later."""
+UNKNOWN_MODEL = "UnknownModel"
+"""Kind of the failure of a request that names a model which is not served."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)  # not frozen: contextlib sets __traceback__ of what passes it
 class Failure(Exception):
     """Failed request, ready for the shape of any dialect.
 
@@ -42,12 +44,14 @@ class Failure(Exception):
         kind: Name of the error, as ``InvalidInput``.
         message: One sentence for the caller.
         headers: Further headers of the answer, as Retry-After.
+        parameter: The field of the request that is at fault, if it is one.
     """
 
     status: int
     kind: str
     message: str
     headers: Mapping[str, str] = field(default_factory=dict)
+    parameter: str | None = None
 
     @classmethod
     def of(cls, error: GenServeError, *, retry_after_s: float) -> Failure:
@@ -57,6 +61,8 @@ class Failure(Exception):
         if isinstance(error, RETRYABLE):
             told = getattr(error, "retry_after", None)
             headers["Retry-After"] = str(math.ceil(retry_after_s if told is None else told))
+        elif status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+            headers["x-should-retry"] = "false"  # OpenAI's package sends a failed request up to twice more otherwise
         return cls(status, type(error).__name__, str(error), headers)
 
 
@@ -71,29 +77,55 @@ def plain(failure: Failure, request_id: str) -> dict[str, Any]:
 
 def openai(failure: Failure, request_id: str) -> dict[str, Any]:
     """Return OpenAI's body."""
-    kind = "invalid_request_error" if failure.status < 500 and failure.status != 429 else "server_error"
     return {
         "error": {
             "message": failure.message,
-            "type": "rate_limit_error" if failure.status == 429 else kind,
-            "param": None,
-            "code": failure.kind,
+            "type": _openai_type(failure.status),
+            "param": failure.parameter,
+            "code": "model_not_found" if failure.kind == UNKNOWN_MODEL else failure.kind,
         },
         "request_id": request_id,
     }
 
 
 def cohere(failure: Failure, request_id: str) -> dict[str, Any]:
-    """Return Cohere's body."""
-    return {"id": request_id, "message": failure.message}
+    """Return Cohere's body, with the field that Jina's clients read."""
+    return {"id": request_id, "message": failure.message, "detail": failure.message}
 
 
 def tei(failure: Failure, request_id: str) -> dict[str, Any]:
-    """Return the body of text-embeddings-inference."""
-    kinds = {400: "Validation", 413: "Validation", 422: "Validation", 429: "Overloaded", 503: "Overloaded"}
-    return {"error": failure.message, "error_type": kinds.get(failure.status, "Backend"), "request_id": request_id}
+    """Return the body of text-embeddings-inference, with the field that Jina's clients read."""
+    kinds = {429: "Overloaded", 503: "Overloaded"}
+    kind = kinds.get(failure.status, "Validation" if failure.status < 500 else "Backend")
+    return {"error": failure.message, "error_type": kind, "detail": failure.message, "request_id": request_id}
+
+
+def vllm(failure: Failure, request_id: str) -> dict[str, Any]:
+    """Return vLLM's body: OpenAI's, with the status as a number."""
+    kinds = {400: "BadRequestError", 404: "NotFoundError"}
+    kind = kinds.get(failure.status) or _phrase(failure.status)
+    error = {"message": failure.message, "type": kind, "param": failure.parameter, "code": failure.status}
+    return {"error": error, "request_id": request_id}
 
 
 def nim(failure: Failure, request_id: str) -> dict[str, Any]:
     """Return the body of NVIDIA's reranking service."""
-    return {"object": "error", "message": failure.message, "type": failure.kind, "detail": {"request_id": request_id}}
+    return {
+        "object": "error",
+        "message": failure.message,
+        "type": _openai_type(failure.status),
+        "detail": {"request_id": request_id},
+    }
+
+
+def _openai_type(status: int) -> str:
+    if status == HTTPStatus.TOO_MANY_REQUESTS:
+        return "rate_limit_error"
+    return "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
+
+
+def _phrase(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:  # as 499
+        return "Error"

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import asyncio
-import base64
-import io
-import json
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, ConfigDict, Field
-from sse_starlette import EventSourceResponse, ServerSentEvent
 
-from genserve.errors import GenServeError, InvalidInput
-from genserve.gateway import errors
-from genserve.gateway.context import Context, InContext
-from genserve.types import GeneratedImage, ImageFormat, Priority, TaskStatus
+from genserve.errors import InvalidInput, ServerUnavailable
+from genserve.gateway import names
+from genserve.gateway.context import Context, InContext, together
+from genserve.gateway.errors import Failure
+from genserve.gateway.files import PATH, ResultFiles
+from genserve.gateway.image_events import Painting, PaintingResponse, encoded, image_properties
+from genserve.gateway.json_body import StrictRoute
+from genserve.gateway.names import Model
+from genserve.types import GeneratedImage, ImageFormat, Priority
 
-router = APIRouter(tags=["images"])
+router = APIRouter(tags=["images"], route_class=StrictRoute)
 
-MODEL = "flux"
+MODEL: Model = "flux"
 MAX_IMAGES = 10
-PARTIAL_EVENT = "image_generation.partial_image"
-COMPLETED_EVENT = "image_generation.completed"
-ERROR_EVENT = "error"
-IGNORED = ("quality", "style", "background", "moderation", "output_compression")
+IGNORED = ("quality", "style", "background", "moderation", "output_compression", "complexity")
 """OpenAI's fields without effect here; a header of the answer names those that were given."""
 _SIZE = re.compile(r"(\d{1,5})x(\d{1,5})")
 
@@ -42,7 +38,7 @@ class ImageBody(BaseModel):
     model: str | None = None
     n: Annotated[int | None, Field(ge=1, le=MAX_IMAGES)] = None
     size: str | None = None
-    response_format: Literal["b64_json"] | None = None
+    response_format: Literal["b64_json", "url"] | None = None
     output_format: ImageFormat | None = None
     stream: bool | None = None
     partial_images: Annotated[int | None, Field(ge=0, le=3)] = None
@@ -52,12 +48,14 @@ class ImageBody(BaseModel):
     background: str | None = None
     moderation: str | None = None
     output_compression: int | None = None
+    complexity: str | None = None
     seed: Annotated[int | None, Field(ge=0, lt=2**63)] = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     true_cfg_scale: float | None = None
     negative_prompt: str | None = None
     priority: Priority = "normal"
+    stream_progress: bool | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of `AsyncClient.generate`, without seed and task id.
@@ -88,8 +86,9 @@ class ImageBody(BaseModel):
 
 
 @router.post("/v1/images/generations", summary="Generate images as OpenAI's API does", response_model=None)
-async def generations(body: ImageBody, context: InContext, response: Response) -> dict[str, Any] | EventSourceResponse:
+async def generations(body: ImageBody, context: InContext, response: Response) -> dict[str, Any] | PaintingResponse:
     """Generate `n` images; their seeds follow each other. With `stream`, send events instead of one answer."""
+    names.checked(body.model, MODEL, context.settings.aliases)
     try:
         arguments = body.arguments()
     except InvalidInput as error:
@@ -99,115 +98,59 @@ async def generations(body: ImageBody, context: InContext, response: Response) -
         {**arguments, "seed": (seed + number) % 2**63, "task_id": f"{context.id}-{number}" if number else context.id}
         for number in range(body.n or 1)
     ]
+    files = context.durable.files if body.response_format == "url" else None
+    if body.response_format == "url" and files is None:
+        message = "response_format is url, but this gateway has no folder for images; allowed: b64_json"
+        raise Failure(400, "InvalidInput", message, parameter="response_format")
     headers = {"x-ignored-fields": ", ".join(body.ignored)} if body.ignored else {}
     if body.stream:
-        events = _events(context, requests, partial_images=body.partial_images or 0)
-        return EventSourceResponse(events, headers=headers)
+        painting = Painting(
+            context, requests, partial_images=body.partial_images or 0, progress=bool(body.stream_progress)
+        )
+        if failure := await painting.refused():
+            raise failure
+        return PaintingResponse(painting, headers)
     response.headers.update(headers)
-    images = await context.run(asyncio.gather(*(context.client.generate(**request) for request in requests)))
+    images = await context.run(together(*(context.generate(**request) for request in requests)))
     return {
         "created": int(time.time()),
-        "data": [{"b64_json": _encoded(image.data), "seed": image.seed} for image in images],
-        **_properties(images[0]),
+        "data": [{**await _answered(image, body, context, files), "seed": image.seed} for image in images],
+        **image_properties(images, body.output_format or "png"),
     }
 
 
 @router.get("/v1/models", summary="List the models as OpenAI's API does")
 async def models(context: InContext) -> dict[str, Any]:
     """List the models that callers can name."""
-    found = await context.run(context.client.models())
-    return {
-        "object": "list",
-        "data": [
-            {"id": model.name, "object": "model", "created": 0, "owned_by": "genserve"}
-            for model in found
-            if model.name != "tasks"
-        ],
-    }
+    return {"object": "list", "data": [_model(name) for name in await _served(context)]}
 
 
-async def _events(
-    context: Context, requests: list[dict[str, Any]], *, partial_images: int
-) -> AsyncIterator[ServerSentEvent]:
-    """Yield the events of all images. They end, and the images with them, when the caller goes away."""
-    queue: asyncio.Queue[ServerSentEvent | None] = asyncio.Queue()
+@router.get("/v1/models/{model:path}", summary="Describe a model as OpenAI's API does")
+async def model(model: str, context: InContext) -> dict[str, Any]:
+    """Describe one of the models in the list."""
+    if model not in await _served(context):
+        raise names.unknown(model)
+    return _model(model)
 
-    async def paint(request: dict[str, Any]) -> None:
-        partial = Partial(partial_images)
-        async with context.client.submit(**request) as task:
-            async for status in task:
-                if preview := partial.due(status):
-                    queue.put_nowait(_partial_event(preview, partial.sent - 1, request["format"] or "png"))
-            image = await task.result()
-        queue.put_nowait(_event(COMPLETED_EVENT, b64_json=_encoded(image.data), seed=image.seed, **_properties(image)))
 
-    async def paint_all() -> None:
-        try:
-            await asyncio.gather(*map(paint, requests))
-        except GenServeError as error:
-            queue.put_nowait(_event(ERROR_EVENT, **errors.openai(context.failure(error), context.id)))
-        finally:
-            queue.put_nowait(None)
-
-    painting = asyncio.ensure_future(paint_all())
+async def _answered(
+    image: GeneratedImage, body: ImageBody, context: Context, files: ResultFiles | None
+) -> dict[str, str]:
+    """Return an image as base64, or as the URL of its file if there is a folder for it."""
+    if files is None:
+        return {"b64_json": encoded(image.data)}
     try:
-        while event := await queue.get():
-            yield event
-    finally:
-        painting.cancel()
-        await asyncio.wait({painting})
+        name = await files.save(image.data, body.output_format or "png", context.settings.keep_files_s)
+    except OSError as error:
+        raise context.failure(ServerUnavailable("the image cannot be written")) from error
+    return {"url": context.link(f"{PATH}{name}")}
 
 
-class Partial:
-    """Choice of an image's previews to send: about evenly over its steps.
-
-    Args:
-        wanted: Number of previews.
-    """
-
-    def __init__(self, wanted: int) -> None:
-        self._wanted = wanted
-        self.sent = 0
-
-    def due(self, status: TaskStatus) -> bytes:
-        """Return the preview to send now, empty if there is none."""
-        is_wanted = self.sent < self._wanted and status.progress >= (self.sent + 1) / (self._wanted + 1)
-        if not is_wanted or not status.preview or status.state != "running":
-            return b""
-        self.sent += 1
-        return status.preview
+async def _served(context: Context) -> list[str]:
+    """Return the names of the served models, the reranker first: NVIDIA's packages use the first one as default."""
+    found = {each.name for each in await context.run(context.client.models())}
+    return [name for name in ("rerank", MODEL) if name in found]
 
 
-def _partial_event(preview: bytes, index: int, image_format: ImageFormat) -> ServerSentEvent:
-    return _event(
-        PARTIAL_EVENT,
-        b64_json=_encoded(_converted(preview, image_format)),
-        partial_image_index=index,
-        output_format=image_format,
-    )
-
-
-def _event(kind: str, **values: Any) -> ServerSentEvent:
-    return ServerSentEvent(json.dumps({"type": kind, "created_at": int(time.time()), **values}), event=kind)
-
-
-def _converted(preview: bytes, image_format: ImageFormat) -> bytes:
-    """Return a preview, a JPEG, in the format of the final image."""
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.open(io.BytesIO(preview)).save(file, image_format)
-    return file.getvalue()
-
-
-def _properties(image: GeneratedImage) -> dict[str, Any]:
-    info = image.info
-    return {
-        "size": f"{info['width']}x{info['height']}",
-        "output_format": info.get("format", "png"),
-        "background": "opaque",
-    }
-
-
-def _encoded(data: bytes) -> str:
-    return base64.b64encode(data).decode()
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "genserve"}

@@ -10,13 +10,24 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from genserve.gateway.context import InContext
-from genserve.gateway.errors import Failure
+from genserve.errors import GenServeError
+from genserve.gateway import names
+from genserve.gateway.context import Context, InContext
+from genserve.gateway.json_body import StrictRoute
+from genserve.gateway.names import Model
 from genserve.types import InstanceLoad, Priority, ServerStatus, Setting
 
-router = APIRouter(tags=["genserve"])
+router = APIRouter(tags=["genserve"], route_class=StrictRoute)
 
-MODEL_FAMILY = "flux"
+MODEL: Model = "flux"
+HEALTH_S = 2.0
+"""Seconds that a health check waits for the settings in force."""
+RERANK_LIMITS = {
+    "max_num_seqs": "max_num_seqs",
+    "tensor_parallel_size": "tensor_parallel_size",
+    "max_workers": "max_waiting_requests",
+}
+"""Limits of the reranker in the answer to a health check, with the names of their settings."""
 PRIORITIES: tuple[Priority, ...] = ("high", "normal", "low")
 """Priorities 0, 1 and 2."""
 
@@ -27,23 +38,22 @@ class GenerateBody(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
 
     prompt: Annotated[str, Field(min_length=1, max_length=10_000)]
-    model_id: str = MODEL_FAMILY
+    model_id: str | None = None
     negative_prompt: str | None = None
     height: int | None = None
     width: int | None = None
     num_inference_steps: int | None = None
     cfg: float | None = None
     seed: Annotated[int | None, Field(ge=-1, lt=2**63)] = None
-    priority: Annotated[int, Field(ge=0, le=2)] = 1
+    priority: Annotated[int | None, Field(ge=0, le=2)] = None
 
 
 @router.post("/generate", summary="Generate one image")
 async def generate(body: GenerateBody, context: InContext) -> dict[str, Any]:
     """Generate one image; the answer has it as base64."""
-    if not body.model_id.lower().startswith(MODEL_FAMILY):
-        raise Failure(404, "InvalidInput", f"model_id is {body.model_id!r:.80}; allowed: {MODEL_FAMILY}")
+    model_id = names.checked(body.model_id, MODEL, context.settings.aliases, parameter="model_id")
     image = await context.run(
-        context.client.generate(
+        context.generate(
             body.prompt,
             negative_prompt=body.negative_prompt,
             height=body.height,
@@ -51,7 +61,7 @@ async def generate(body: GenerateBody, context: InContext) -> dict[str, Any]:
             steps=body.num_inference_steps,
             guidance=body.cfg,
             seed=None if body.seed == -1 else body.seed,
-            priority=PRIORITIES[body.priority],
+            priority=PRIORITIES[1 if body.priority is None else body.priority],
             task_id=context.id,
         )
     )
@@ -59,7 +69,7 @@ async def generate(body: GenerateBody, context: InContext) -> dict[str, Any]:
     return {
         "success": True,
         "task_id": context.id,
-        "model_id": body.model_id,
+        "model_id": model_id,
         "image": base64.b64encode(image.data).decode(),
         "seed": image.seed,
         "height": info["height"],
@@ -72,22 +82,23 @@ async def generate(body: GenerateBody, context: InContext) -> dict[str, Any]:
     }
 
 
-@router.get("/health", summary="Whether a server is ready")
-async def health(context: InContext, response: Response) -> dict[str, str]:
-    """Answer 200 if at least one server has all models ready, else 503."""
-    is_ready = await context.run(context.client.health())
+@router.get("/health", summary="Whether a server is ready, and the limits of the reranker")
+async def health(context: InContext, response: Response) -> dict[str, Any]:
+    """Answer 200 if at least one server has all models ready, else 503. Limits that are not known are null."""
+    is_ready, limits = await context.run(asyncio.gather(context.client.health(), _rerank_limits(context)))
     response.status_code = 200 if is_ready else 503
-    return {"status": "healthy" if is_ready else "unhealthy"}
+    return {"status": "healthy" if is_ready else "unhealthy", **limits}
 
 
 @router.get("/status", summary="Servers, models, and requests in flight")
 async def status(context: InContext) -> dict[str, Any]:
     """Describe all servers, with the sums of their queues."""
     servers, loads = await context.run(asyncio.gather(context.client.status(), _loads(context)))
+    listed = {task.task_id for server in servers for task in server.tasks}
     return {
         "status": "healthy" if any(server.ready for server in servers) else "unhealthy",
         "concurrent_manager": {
-            "global_queue_size": sum(load.waiting for load in loads),
+            "global_queue_size": sum(load.waiting for load in loads) + context.line.unlisted(listed),
             "running_tasks": sum(load.running for load in loads),
             "instances": len(loads),
             "ready_instances": sum(load.ready for load in loads),
@@ -122,14 +133,22 @@ async def config(context: InContext) -> dict[str, Any]:
     return {"settings": [asdict(setting) for setting in found]}
 
 
-async def _loads(context: InContext) -> list[InstanceLoad]:
+async def _loads(context: Context) -> list[InstanceLoad]:
     """Return the instances' loads, none if no server answers."""
-    from genserve.errors import GenServeError
-
     try:
         return await context.client.gpu_load()
     except GenServeError:
         return []
+
+
+async def _rerank_limits(context: Context) -> dict[str, Any]:
+    """Return the reranker's limits on the first server that has it."""
+    try:
+        found = await asyncio.wait_for(context.client.config(), HEALTH_S)
+    except (GenServeError, asyncio.TimeoutError):
+        found = []
+    values = {setting.name: setting.value for setting in reversed(found) if setting.model == "rerank"}
+    return {name: values.get(setting) for name, setting in RERANK_LIMITS.items()}
 
 
 def _server(server: ServerStatus) -> dict[str, Any]:

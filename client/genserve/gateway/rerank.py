@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 import time
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from genserve.gateway.context import Context, InContext
+from genserve.gateway import names
+from genserve.gateway.context import Context, InContext, together
+from genserve.gateway.json_body import StrictRoute
+from genserve.gateway.names import Model
 from genserve.types import Ranking
 
-router = APIRouter(tags=["rerank"])
+router = APIRouter(tags=["rerank"], route_class=StrictRoute)
 
-MODEL = "rerank"
+MODEL: Model = "rerank"
 MAX_DOCUMENTS = 1_000
 MAX_CHARACTERS = 10_000
+SCORED_AT_ONCE = 8
+"""Requests in flight for pairs with different queries."""
 
 Query = Annotated[str, Field(min_length=1, max_length=MAX_CHARACTERS)]
-TopN = Annotated[int | None, Field(ge=1)]
+Texts = Annotated[list[str], Field(max_length=MAX_DOCUMENTS)]
+"""Every list has a limit of its own: each wrong item of a list without one costs a message."""
+TopN = Annotated[int | None, Field(ge=0)]
+"""Number of results; vLLM's clients say 0 for all."""
 
 
 class Lenient(BaseModel):
@@ -28,38 +38,39 @@ class Lenient(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
 
 
-class TextDocument(Lenient):
-    """Document as an object."""
+class TextQuery(Lenient):
+    """Query as an object."""
 
-    text: str
+    text: Query
 
 
-Document = str | TextDocument | dict[str, Any]
+Document = str | dict[str, Any]
 Documents = Annotated[list[Document], Field(min_length=1, max_length=MAX_DOCUMENTS)]
 
 
 class RerankBody(Lenient):
     """Cohere's and Jina's request."""
 
-    query: Query | TextDocument
+    query: Query | TextQuery
     documents: Documents
-    model: str = MODEL
+    model: str | None = None
     top_n: TopN = None
-    return_documents: bool = False
+    return_documents: bool | None = None
+    rank_fields: Texts | None = None
     instruction: str | None = None
-    max_tokens_per_doc: int | None = None
 
 
 class TeiBody(Lenient):
     """text-embeddings-inference's request, with Jina's fields: `texts` selects the former's answer."""
 
     query: Query
-    texts: Annotated[list[str] | None, Field(min_length=1, max_length=MAX_DOCUMENTS)] = None
+    texts: Annotated[Texts | None, Field(min_length=1)] = None
     documents: Documents | None = None
-    model: str = MODEL
+    model: str | None = None
     top_n: TopN = None
-    return_text: bool = False
-    return_documents: bool = False
+    raw_scores: bool | None = None
+    return_text: bool | None = None
+    return_documents: bool | None = None
     instruction: str | None = None
 
     @model_validator(mode="after")
@@ -72,12 +83,12 @@ class TeiBody(Lenient):
 class ScoreBody(Lenient):
     """vLLM's request."""
 
-    model: str = MODEL
-    text_1: str | list[str] | None = None
-    text_2: str | list[str] | None = None
-    queries: str | list[str] | None = None
-    documents: str | list[str] | None = None
-    items: str | list[str] | None = None
+    model: str | None = None
+    text_1: str | Texts | None = None
+    text_2: str | Texts | None = None
+    queries: str | Texts | None = None
+    documents: str | Texts | None = None
+    items: str | Texts | None = None
     instruction: str | None = None
 
     @model_validator(mode="after")
@@ -86,8 +97,6 @@ class ScoreBody(Lenient):
             raise ValueError("give text_1 and text_2, or queries and documents")
         if len(self.first) > 1 and len(self.first) != len(self.second):
             raise ValueError("the numbers of queries and documents differ")
-        if max(len(self.first), len(self.second)) > MAX_DOCUMENTS:
-            raise ValueError(f"at most {MAX_DOCUMENTS:,} pairs")
         return self
 
     @property
@@ -113,56 +122,69 @@ class NimBody(Lenient):
 
     query: NimText
     passages: Annotated[list[NimText], Field(min_length=1, max_length=MAX_DOCUMENTS)]
-    model: str = MODEL
-    truncate: str = "NONE"
+    model: str | None = None
 
 
 @router.post("/v1/rerank", summary="Rerank documents as Cohere's and Jina's API do")
 @router.post("/v2/rerank", summary="Rerank documents as Cohere's API does")
 async def cohere(body: RerankBody, context: InContext) -> dict[str, Any]:
     """Rank documents; the best ones first."""
-    ranking = await _rank(context, _text(body.query), body.documents, top_n=body.top_n, instruction=body.instruction)
+    model = _checked(context, body.model)
+    documents = [_text(each, body.rank_fields) for each in body.documents]
+    ranking = await _rank(context, _text(body.query), documents, top_n=body.top_n, instruction=body.instruction)
     return {
         "id": context.id,
-        "model": body.model,
+        "model": model,
         "results": _results(ranking, body.documents if body.return_documents else None),
-        "usage": {"total_tokens": ranking.info.get("tokens", 0), "prompt_tokens": ranking.info.get("tokens", 0)},
-        "meta": {"api_version": {"version": "2"}, "billed_units": {"search_units": 1}},
+        "usage": _usage(ranking),
+        "meta": {
+            "api_version": {"version": "2"},
+            "billed_units": {"search_units": 1},
+            "tokens": {"input_tokens": _usage(ranking)["prompt_tokens"]},
+        },
     }
 
 
 @router.post("/rerank", summary="Rerank texts as text-embeddings-inference does, or documents as Jina's API does")
 async def tei(body: TeiBody, context: InContext) -> Any:
     """Rank texts; the answer to `texts` is a list, the answer to `documents` an object."""
+    model = _checked(context, body.model)
     documents: list[Any] = list(body.texts or body.documents or [])
-    ranking = await _rank(context, body.query, documents, top_n=body.top_n, instruction=body.instruction)
+    texts = [_text(each) for each in documents]
+    ranking = await _rank(context, body.query, texts, top_n=body.top_n, instruction=body.instruction)
     if body.texts is None:
         results = _results(ranking, documents if body.return_documents else None)
-        return {"model": body.model, "results": results, "usage": {"total_tokens": ranking.info.get("tokens", 0)}}
+        return {"id": context.id, "model": model, "results": results, "usage": _usage(ranking)}
     return [
-        {"index": each.index, "score": each.score, **({"text": each.document} if body.return_text else {})}
+        {
+            "index": each.index,
+            "score": _logit(each.score) if body.raw_scores else each.score,
+            **({"text": each.document} if body.return_text else {}),
+        }
         for each in ranking
     ]
 
 
 @router.post("/score", summary="Score pairs of texts as vLLM does")
+@router.post("/v1/score", summary="Score pairs of texts as vLLM does")
 async def score(body: ScoreBody, context: InContext) -> dict[str, Any]:
     """Score each document against its query, or all against one query."""
-    scores: list[float] = []
-    tokens = 0
-    pairs = [(body.first[0], body.second)]
-    if len(body.first) > 1:
-        pairs = [(query, [document]) for query, document in zip(body.first, body.second, strict=True)]
-    for query, documents in pairs:
-        ranking = await _rank(context, query, list(documents), instruction=body.instruction)
-        scores += ranking.scores
-        tokens += ranking.info.get("tokens", 0)
+    model = _checked(context, body.model)
+    queries = body.first * len(body.second) if len(body.first) == 1 else body.first
+    places: dict[str, list[int]] = {}
+    for index, query in enumerate(queries):
+        places.setdefault(query, []).append(index)
+    rankings = await context.run(_score_each(context, places, body))
+    scores = dict.fromkeys(range(len(queries)), 0.0)
+    for indices, ranking in zip(places.values(), rankings, strict=True):
+        scores.update(zip(indices, ranking.scores, strict=True))
+    tokens = sum(_usage(ranking)["prompt_tokens"] for ranking in rankings)
     return {
         "id": context.id,
         "object": "list",
         "created": int(time.time()),
-        "model": body.model,
-        "data": [{"index": index, "object": "score", "score": score} for index, score in enumerate(scores)],
+        "model": model,
+        "data": [{"index": index, "object": "score", "score": scores[index]} for index in scores],
         "usage": {"prompt_tokens": tokens, "total_tokens": tokens, "completion_tokens": 0},
     }
 
@@ -170,22 +192,45 @@ async def score(body: ScoreBody, context: InContext) -> dict[str, Any]:
 @router.post("/v1/ranking", summary="Rank passages as NVIDIA NIM does")
 async def nim(body: NimBody, context: InContext) -> dict[str, Any]:
     """Rank passages; a logit is the log-odds of the score."""
+    _checked(context, body.model)
     ranking = await _rank(context, body.query.text, [passage.text for passage in body.passages])
-    tokens = ranking.info.get("tokens", 0)
     return {
         "rankings": [{"index": each.index, "logit": _logit(each.score)} for each in ranking],
-        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        "usage": _usage(ranking),
     }
 
 
+def _checked(context: Context, model: str | None) -> str:
+    return names.checked(model, MODEL, context.settings.aliases)
+
+
 async def _rank(
-    context: Context, query: str, documents: list[Any], *, top_n: int | None = None, instruction: str | None = None
+    context: Context, query: str, documents: list[str], *, top_n: int | None = None, instruction: str | None = None
 ) -> Ranking:
     return await context.run(
-        context.client.rerank(
-            query, [_text(each) for each in documents], top_n=top_n, instruction=instruction, task_id=context.id
-        )
+        context.client.rerank(query, documents, top_n=top_n or None, instruction=instruction, task_id=context.id)
     )
+
+
+async def _score_each(context: Context, places: Mapping[str, list[int]], body: ScoreBody) -> list[Ranking]:
+    """Return one ranking per query: documents with equal queries are one request, and a few requests go at once."""
+    turns = asyncio.Semaphore(SCORED_AT_ONCE)
+
+    async def rank(number: int, query: str, indices: list[int]) -> Ranking:
+        async with turns:
+            return await context.client.rerank(
+                query,
+                [body.second[index] for index in indices],
+                instruction=body.instruction,
+                task_id=f"{context.id}-{number}" if number else context.id,
+            )
+
+    return await together(*(rank(number, *place) for number, place in enumerate(places.items())))
+
+
+def _usage(ranking: Ranking) -> dict[str, int]:
+    tokens = int(ranking.info.get("tokens", 0))
+    return {"prompt_tokens": tokens, "total_tokens": tokens}
 
 
 def _results(ranking: Ranking, documents: list[Any] | None) -> list[dict[str, Any]]:
@@ -194,26 +239,29 @@ def _results(ranking: Ranking, documents: list[Any] | None) -> list[dict[str, An
         {
             "index": each.index,
             "relevance_score": each.score,
-            **({"document": _returned(documents[each.index])} if documents else {}),
+            **({"document": _as_object(documents[each.index])} if documents else {}),
         }
         for each in ranking
     ]
 
 
-def _returned(document: Any) -> Any:
-    return {"text": document} if isinstance(document, str) else _plain(document)
+def _as_object(document: str | dict[str, Any]) -> dict[str, Any]:
+    return {"text": document} if isinstance(document, str) else document
 
 
-def _plain(document: Any) -> Any:
-    return document.model_dump() if isinstance(document, BaseModel) else document
+def _text(document: Any, fields: list[str] | None = None) -> str:
+    """Return the text of a document: itself, its field `text`, or a line per field, as Cohere reads them.
 
-
-def _text(document: Any) -> str:
-    """Return the text of a document: itself, its field `text`, or a line per field, as Cohere reads them."""
+    Args:
+        document: A text or an object.
+        fields: The fields that count, in this order; None selects all.
+    """
     if isinstance(document, str):
         return document
-    values = _plain(document)
-    if isinstance(values.get("text"), str):
+    values = document.model_dump() if isinstance(document, BaseModel) else document
+    if fields:
+        values = {name: values[name] for name in fields if name in values}
+    if isinstance(values.get("text"), str) and (not fields or len(values) == 1):
         return str(values["text"])
     return "\n".join(f"{name}: {value}" for name, value in values.items())
 

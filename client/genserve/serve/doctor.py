@@ -121,7 +121,7 @@ def _ports(options: ServeOptions) -> Iterator[Finding]:
         yield Finding("ports", "ok", f"a server runs on HTTP port {options.http_port} (process {running.pid})")
         return
     check_ports(options)
-    yield Finding("ports", "ok", ", ".join(map(str, options.ports)) + " are free")
+    yield Finding("ports", "ok", ", ".join(map(str, options.ports.values())) + " are free")
 
 
 CHECKS: tuple[Callable[[ServeOptions], Iterator[Finding]], ...] = (

@@ -17,10 +17,11 @@ class ServeOptions:
     """Options of one server.
 
     Attributes:
-        host: Address that all three endpoints bind to.
+        host: Address that all endpoints bind to.
         http_port: Port of the HTTP endpoint.
         grpc_port: Port of the gRPC endpoint.
         metrics_port: Port of the metrics endpoint.
+        gateway_port: Port of the gateway; None starts none.
         repository: The model repository.
         gpus: GPU ids for every model; None leaves the choice to Triton.
         models: Names of the models to serve; empty serves the whole repository.
@@ -33,6 +34,7 @@ class ServeOptions:
     http_port: int = 8000
     grpc_port: int = 8001
     metrics_port: int = 8002
+    gateway_port: int | None = None
     repository: Path = field(default_factory=lambda: default_repository())  # noqa: PLW0108  # defined below
     gpus: tuple[int, ...] | None = None
     models: tuple[str, ...] = ()
@@ -41,9 +43,14 @@ class ServeOptions:
     exit_timeout_s: int = 30
 
     @property
-    def ports(self) -> tuple[int, int, int]:
-        """HTTP, gRPC and metrics ports."""
-        return self.http_port, self.grpc_port, self.metrics_port
+    def triton_ports(self) -> dict[str, int]:
+        """Triton's HTTP, gRPC and metrics ports, by their options."""
+        return {"--http-port": self.http_port, "--grpc-port": self.grpc_port, "--metrics-port": self.metrics_port}
+
+    @property
+    def ports(self) -> dict[str, int]:
+        """All ports of the server, by their options."""
+        return self.triton_ports | ({"--gateway-port": self.gateway_port} if self.gateway_port else {})
 
     @property
     def local_host(self) -> str:
@@ -64,6 +71,7 @@ class ServeOptions:
             "http": f"http://{host}:{self.http_port}",
             "grpc": f"{host}:{self.grpc_port}",
             "metrics": f"http://{host}:{self.metrics_port}/metrics",
+            **({"gateway": f"http://{host}:{self.gateway_port}"} if self.gateway_port else {}),
         }
 
 

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Mapping
 
 from genserve.serve.options import ServeError, ServeOptions
 
 
-def check_ports(options: ServeOptions) -> None:
-    """Check that the server's ports are free.
+def check_ports(options: ServeOptions, ports: Mapping[str, int] | None = None) -> None:
+    """Check that ports are free.
+
+    Args:
+        options: Options with the host.
+        ports: Ports by their options; None checks all of the server's.
 
     Raises:
-        ServeError: A port cannot be bound. The message names the flag that changes it.
+        ServeError: A port cannot be bound, or is there twice. The message names the option that changes it.
     """
-    flags = ("--http-port", "--grpc-port", "--metrics-port")
-    if len(set(options.ports)) < len(options.ports):
-        raise ServeError(f"HTTP, gRPC and metrics need three different ports, not {options.ports} (see {flags[0]})")
+    used: dict[int, str] = {}
+    for flag, port in (options.ports if ports is None else ports).items():
+        if port in used:
+            raise ServeError(f"{used[port]} and {flag} are both {port}; they need different ports")
+        used[port] = flag
     family = socket.AF_INET6 if options.is_ipv6 else socket.AF_INET
-    for port, flag in zip(options.ports, flags, strict=True):
+    for port, flag in used.items():
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:

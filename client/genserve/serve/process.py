@@ -46,7 +46,7 @@ class TritonProcess:
         self, triton: Triton, options: ServeOptions, *, repository: Path, board: Path, log: IO[bytes] | None = None
     ) -> None:
         clear_abandoned_segments()
-        check_ports(options)
+        check_ports(options, options.triton_ports)
         self._options = options
         self._shm_prefix = f"{SHM_PREFIX}-{os.getpid()}-{uuid.uuid4().hex[:8]}-"
         self._process = subprocess.Popen(
@@ -57,7 +57,7 @@ class TritonProcess:
             stdout=log,
             stderr=log,
             start_new_session=True,  # Ctrl-C must reach only this process, which stops the server in order
-            preexec_fn=_end_with_parent,  # noqa: PLW1509  # safe: this process has one thread
+            preexec_fn=end_with_parent,  # noqa: PLW1509  # safe: this process has one thread
         )
         self._stubs: list[psutil.Process] = []
         self._was_ready = False
@@ -166,7 +166,7 @@ def _is_stopped(pid: int) -> bool:
         return False
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """Make the child end in order when this process dies. Runs in the child."""
     _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 

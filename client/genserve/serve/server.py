@@ -1,4 +1,4 @@
-"""`genserve serve`: start, restart and stop of tritonserver."""
+"""`genserve serve`: start, restart and stop of tritonserver and its gateway."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+from genserve.serve.gateway import GatewayProcess
 from genserve.serve.options import ServeError, ServeOptions
 from genserve.serve.ports import check_ports
 from genserve.serve.process import POLL_S, TritonProcess
@@ -49,6 +50,7 @@ class Server:
         self._options = options
         self._on_ready = on_ready
         self._state = ServerState.of(options.http_port)
+        self._gateway = GatewayProcess(options) if options.gateway_port else None
         # Plain values: a signal handler that sets an Event deadlocks if the main thread holds its lock.
         self._stop_signal: int | None = None
         self._stopping_since = 0.0
@@ -75,6 +77,7 @@ class Server:
             failure = str(error)
             raise
         finally:
+            self._stop_gateway(0.0)
             self._clean()
             if failure:
                 self._state.write(self._options, ready=False, error=failure)
@@ -124,11 +127,12 @@ class Server:
         finally:
             if self._stop_signal is not None:
                 log(logger, logging.INFO, "stopping", signal=signal.Signals(self._stop_signal).name)
-            process.stop(drain_s)
+                drain_s -= self._stop_gateway(drain_s)  # first, while tritonserver still takes its requests
+            process.stop(max(0.0, drain_s))
 
     def _wait_ready(self, process: TritonProcess, watch: Watch) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not self._is_stopping and not process.poll_ready():
+        while not self._is_stopping and not (process.poll_ready() and self._gateway_listens()):
             if hanging := watch.hang():
                 raise ServeError(hanging)
             if time.monotonic() > deadline:
@@ -147,8 +151,20 @@ class Server:
         """Sleep until the time is over or a stop signal arrives. Return whether the server is stopping."""
         until = time.monotonic() + seconds
         while not self._is_stopping and time.monotonic() < until:
+            if self._gateway:
+                self._gateway.keep_running()
             time.sleep(POLL_S)
         return self._is_stopping
+
+    def _gateway_listens(self) -> bool:
+        return self._gateway is None or self._gateway.is_listening()
+
+    def _stop_gateway(self, drain_s: float) -> float:
+        """End the gateway. Return the seconds that it took."""
+        started = time.monotonic()
+        if self._gateway:
+            self._gateway.stop(drain_s)
+        return time.monotonic() - started
 
     @property
     def _is_stopping(self) -> bool:

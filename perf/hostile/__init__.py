@@ -1,0 +1,1 @@
+"""Hostile requests to a gateway: generated ones, mangled JSON, and raw bytes."""
