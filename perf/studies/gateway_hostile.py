@@ -2,7 +2,7 @@
 
 schemathesis generates some of them from the gateway's OpenAPI document, some are JSON that no schema allows, and some
 are raw bytes. With --check it fails if an answer has a status of 500 or more other than 503, if a connection does not
-end, if the gateway's memory grows, or if gateway or server do not answer afterwards.
+end, if the gateway's memory grows, if the server restarts, or if gateway or server do not answer afterwards.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ from hostile.mangled import mangled
 from hostile.raw import raw
 from simulated.gateways import GatewayProcess, gateways
 
-MIX = {"generated": 0.6, "mangled": 0.25, "raw": 0.15}
-"""Shares of the requests."""
+GENERATED, RAW = 0.6, 0.15
+"""Shares of the requests, the first one about. The others are mangled JSON."""
 WARM_UP = 0.2
 """Share of the requests after which the memory is measured for the first time."""
 MOST_GROWTH_MIB = 64.0
 AT_ONCE = 300
+LOG = Path(__file__).resolve().parents[1] / "results" / "gateway_hostile.log"
+"""The server's log."""
 READY_S = 120.0
 JSON = (b"Content-Type", b"application/json")
 IMAGE = b'{"prompt": "a red circle", "size": "64x64", "num_inference_steps": 2}'
@@ -43,13 +45,9 @@ Address = tuple[str, int]
 
 
 def attacks(document: dict[str, object], count: int, *, seed: int) -> list[Attack]:
-    """Return about `count` attacks of all kinds, mixed."""
-    kinds = (
-        generated(document, round(count * MIX["generated"]), seed=seed),
-        mangled(round(count * MIX["mangled"]), seed=seed),
-        raw(round(count * MIX["raw"]), seed=seed),
-    )
-    columns = [list(kind) for kind in kinds]
+    """Return `count` attacks of all kinds, mixed."""
+    columns = [list(generated(document, round(count * GENERATED), seed=seed)), list(raw(round(count * RAW), seed=seed))]
+    columns.append(list(mangled(count - sum(map(len, columns)), seed=seed)))
     placed = [((index + 0.5) / len(column), each) for column in columns for index, each in enumerate(column)]
     return [each for _, each in sorted(placed, key=lambda pair: pair[0])]
 
@@ -123,19 +121,21 @@ class Gateway:
 def main(count: int, connections: int, seed: int, check: bool) -> None:
     """Attack a gateway."""
     try:
-        with tempfile.TemporaryDirectory(prefix="genserve-hostile-") as folder:
-            log = Path(folder) / "server.log"
-            with (
-                own_server(("flux", "rerank", "tasks"), log=log) as addresses,
-                gateways(Path(folder), [addresses["grpc"]], 1) as (process,),
-            ):
-                run(process, count, connections=connections, seed=seed, check=check)
+        LOG.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            tempfile.TemporaryDirectory(prefix="genserve-hostile-") as folder,
+            own_server(("flux", "rerank", "tasks"), log=LOG) as addresses,
+            gateways(Path(folder), [addresses["grpc"]], 1) as (process,),
+        ):
+            broken = run(process, count, connections=connections, seed=seed)
     except ServeError as error:
         fail(error)
+    ends = [line for line in LOG.read_text(errors="replace").splitlines() if "event=restarting" in line]
+    judge([*broken, *ends], check=check)
 
 
-def run(process: GatewayProcess, count: int, *, connections: int, seed: int, check: bool) -> None:
-    """Attack a gateway and print the result."""
+def run(process: GatewayProcess, count: int, *, connections: int, seed: int) -> list[str]:
+    """Attack a gateway, print the result, and return a line for each promise that does not hold."""
     gateway = Gateway(process.url)
     gateway.wait_ready(process)
     found = attacks(gateway.document(), count, seed=seed)
@@ -157,7 +157,7 @@ def run(process: GatewayProcess, count: int, *, connections: int, seed: int, che
     broken = [line for verdict in verdicts.values() for line in verdict.broken] + gateway.failures()
     if after - before > MOST_GROWTH_MIB:
         broken.append(f"the memory grew by {after - before:.0f} MiB")
-    judge(broken, check=check)
+    return broken
 
 
 def _cells(verdict: Verdict) -> list[str]:

@@ -30,6 +30,7 @@ from simulated.fleet import SimulatedServer, fleet
 from simulated.gateways import Caller, GatewayProcess, Task, gateways
 from simulated.load import Request, draw_requests
 from simulated.picture import shows
+from studies.map_kills import PNG_END
 
 SERVERS = 4
 GATEWAYS = 2
@@ -224,7 +225,8 @@ def is_right(data: bytes, request: Request) -> bool:
     """Return whether these bytes are the whole image of a request."""
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return shows(image, request["prompt"], request["seed"], request["steps"])
+            right = shows(image, request["prompt"], request["seed"], request["steps"])
+        return right and data.endswith(PNG_END)  # Pillow reads a file without its end
     except (OSError, SyntaxError):  # Pillow raises the latter for a broken PNG
         return False
 

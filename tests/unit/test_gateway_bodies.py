@@ -39,18 +39,18 @@ def answer(path: str, body: bytes, **settings: Any) -> tuple[int, str]:
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        (b'{"prompt": "\xff"}', "it is not UTF-8"),
-        (b'{"prompt": "\xed\xa0\x80"}', "it is not UTF-8"),
-        ('{"prompt": "x"}'.encode("utf-16"), "it is not UTF-8"),
-        (b'{"prompt": "\\ud800"}', "it has half of a surrogate pair"),
-        (b'{"\\udfff": 1}', "it has half of a surrogate pair"),
-        (b'{"x": NaN}', "it has a number that is not finite"),
-        (b'{"x": -Infinity}', "it has a number that is not finite"),
-        (b'{"x": ' + b"1" * 5_000 + b"}", "it has a number that is not finite, or has thousands of digits"),
-        (b"[" * 100_000, "it is nested too deeply"),
-        (b'{"x":' * 100_000, "it is nested too deeply"),
-        (b"{", "it is not JSON: Expecting property name"),
-        (b'{"prompt": "x"} {}', "it is not JSON: Extra data at character 16"),
+        (b'{"prompt": "\xff"}', "it is not JSON: invalid unicode code point"),
+        (b'{"prompt": "\xed\xa0\x80"}', "it is not JSON: invalid unicode code point"),
+        ('{"prompt": "x"}'.encode("utf-16"), "it is not JSON: expected value at line 1 column 1"),
+        (b'{"prompt": "\\ud800"}', "it is not JSON: unexpected end of hex escape"),
+        (b'{"\\udfff": 1}', "it is not JSON: lone leading surrogate"),
+        (b'{"x": NaN}', "it is not JSON: expected value at line 1 column 7"),
+        (b'{"x": -Infinity}', "it is not JSON: invalid number"),
+        (b'{"x": ' + b"1" * 5_000 + b"}", "it is not JSON: number out of range"),
+        (b"[" * 100_000, "it is not JSON: recursion limit exceeded"),
+        (b'{"x":' * 100_000, "it is not JSON: recursion limit exceeded"),
+        (b"{", "it is not JSON: EOF while parsing an object"),
+        (b'{"prompt": "x"} {}', "it is not JSON: trailing characters"),
         (json.dumps({f"x{number}": 1 for number in range(1_001)}).encode(), "it has 1,001 fields"),
     ],
 )
@@ -91,3 +91,15 @@ def test_long_list_of_wrong_items_costs_few_messages(
         assert len(text) < 10_000
     assert counts, "at least one of them is wrong"
     assert max(counts) <= 5_000
+
+
+@pytest.mark.parametrize("path", ["/v2/rerank", "/rerank"])
+@pytest.mark.parametrize(
+    "value", ["1e999", "[-1e999]", "1" * 4_000, "[" * 100 + "]" * 100, "[" * 190 + "]" * 190, "{}"]
+)
+def test_whatever_a_document_has_is_returned_as_json(path: str, value: str) -> None:
+    document = f'{{"text": "a", "x": {value}, "y": "\\u0000\\ud83d\\ude00"}}'
+    status, text = answer(path, f'{{"query": "q", "documents": [{document}], "return_documents": true}}'.encode())
+    assert status == 200
+    returned = json.loads(text)["results"][0]["document"]
+    assert (returned["text"], returned["y"]) == ("a", "\0\U0001f600")

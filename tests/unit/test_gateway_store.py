@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import text
 
 from genserve import QueueFull
-from genserve.gateway import database, store
+from genserve.gateway import database
 from genserve.gateway.database import StoreUnavailable, database_url, default_url
 from genserve.gateway.records import AGING_S, Kind, NewTask, Outcome, StoredTask, fingerprint
 from genserve.gateway.store import KeyReused, Store
@@ -67,6 +67,11 @@ def with_store(url: str, use: Use, **options: Any) -> None:
 def new(prompt: str = "x", kind: Kind = "image", **options: Any) -> NewTask:
     values = {"owner": "", "timeout_s": 1000.0, "fingerprint": fingerprint({"prompt": prompt}), **options}
     return NewTask(kind, {"prompt": prompt}, **values)
+
+
+async def execute(tasks: Store, statement: str, **values: Any) -> None:
+    async with tasks.engine.begin() as connection:
+        await connection.execute(text(statement), values)
 
 
 def prompts(tasks: list[StoredTask]) -> list[str]:
@@ -135,11 +140,8 @@ def test_tasks_are_taken_by_priority_and_age(url: str) -> None:
 
 async def age(tasks: Store, prompt: str, seconds: float) -> None:
     """Let a task be older than it is."""
-    async with tasks.engine.begin() as connection:
-        values = {"seconds": seconds, "arguments": f'{{"prompt": "{prompt}"}}'}
-        await connection.execute(
-            text("UPDATE genserve_tasks SET rank = rank - :seconds WHERE arguments = :arguments"), values
-        )
+    statement = "UPDATE genserve_tasks SET rank = rank - :seconds WHERE arguments = :arguments"
+    await execute(tasks, statement, seconds=seconds, arguments=f'{{"prompt": "{prompt}"}}')
 
 
 def test_position_counts_the_tasks_ahead_of_the_same_kind(url: str) -> None:
@@ -168,12 +170,19 @@ def test_no_task_is_taken_by_two_gateways(url: str) -> None:
     with_store(url, use)
 
 
-def test_task_of_a_silent_gateway_is_taken_over_and_has_one_result(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def expire(tasks: Store) -> None:
+    """Let all leases be over."""
+    await execute(tasks, "UPDATE genserve_tasks SET lease_until = 1 WHERE state = 'running'")
+
+
+def test_task_of_a_silent_gateway_is_taken_over_and_has_one_result(url: str) -> None:
     async def use(tasks: Store) -> None:
         task = await tasks.add(new())
-        monkeypatch.setattr(store, "LEASE_S", -1.0)
         (first,) = await tasks.take("image", 1, "dead")
-        monkeypatch.setattr(store, "LEASE_S", 60.0)
+        assert await tasks.reclaim() == 0
+        assert await tasks.take("image", 1, "early") == []
+        await expire(tasks)
+        assert await tasks.reclaim() == 0
         (second,) = await tasks.take("image", 1, "alive")
         assert (first.attempt_id, second.attempt_id) == (f"{task.id}-1", f"{task.id}-2")
         assert await tasks.take("image", 1, "late") == []
@@ -187,20 +196,39 @@ def test_task_of_a_silent_gateway_is_taken_over_and_has_one_result(url: str, mon
     with_store(url, use)
 
 
+def test_silent_gateway_keeps_what_nobody_has_taken(url: str) -> None:
+    """As all gateways are silent while the database is not available."""
+
+    async def use(tasks: Store) -> None:
+        for prompt in ("a", "b", "c"):
+            await tasks.add(new(prompt))
+        a, b, c = await tasks.take("image", 3, "me")
+        await expire(tasks)
+        await tasks.reclaim()
+        (other,) = await tasks.take("image", 1, "you")
+        assert other.id == a.id
+        assert await tasks.renew("me", {task.number: (0, 0) for task in (a, b)}) == {(b.number, 1)}
+        assert await tasks.finish(c, DONE)
+        assert await tasks.take("image", 9, "late") == []
+
+    with_store(url, use)
+
+
 def test_renewal_keeps_leases_writes_progress_and_tells_what_is_lost(url: str) -> None:
     async def use(tasks: Store) -> None:
-        for prompt in ("kept", "cancelled", "of another"):
+        for prompt in ("kept", "cancelled", "released", "of another"):
             await tasks.add(new(prompt))
-        kept, cancelled = await tasks.take("image", 2, "me")
+        kept, cancelled, released = await tasks.take("image", 3, "me")
         (foreign,) = await tasks.take("image", 1, "you")
         assert await tasks.cancel(cancelled)
-        async with tasks.engine.begin() as connection:
-            await connection.execute(text("UPDATE genserve_tasks SET lease_until = 1"))
-        progress = {kept.number: (3, 8), cancelled.number: (1, 8), foreign.number: (1, 8)}
+        await tasks.release("me", released)
+        await expire(tasks)
+        progress = {task.number: (3, 8) for task in (kept, cancelled, released, foreign)}
         assert await tasks.renew("me", progress) == {(kept.number, 1)}
-        assert prompts(await tasks.take("image", 9, "late")) == ["of another"]
-        found = [await tasks.get(task.id, "") for task in (kept, cancelled, foreign)]
-        assert [(task.step, task.steps) for task in found if task] == [(3, 8), (0, 0), (0, 0)]
+        await tasks.reclaim()
+        assert prompts(await tasks.take("image", 9, "late")) == ["released", "of another"]
+        found = [await tasks.get(task.id, "") for task in (kept, cancelled, released, foreign)]
+        assert [(task.step, task.steps) for task in found if task] == [(3, 8), (0, 0), (0, 0), (0, 0)]
 
     with_store(url, use)
 
@@ -235,13 +263,13 @@ def test_cancelled_task_stays_so(url: str) -> None:
 
 def test_late_tasks_fail_unless_they_run(url: str) -> None:
     async def use(tasks: Store) -> None:
-        running = await tasks.add(new("running", timeout_s=0.3))
+        running = await tasks.add(new("running"))
         await tasks.take("image", 1, "me")
-        waiting = await tasks.add(new("waiting", timeout_s=0.3))
+        waiting = await tasks.add(new("waiting"))
+        await execute(tasks, "UPDATE genserve_tasks SET deadline = 1")
         await tasks.add(new("in time"))
-        await asyncio.sleep(0.4)
         assert prompts(await tasks.take("image", 9, "you")) == ["in time"]
-        assert await tasks.fail_late() == 1
+        assert await tasks.reclaim() == 1
         found = [await tasks.get(task.id, "") for task in (running, waiting)]
         assert [(task.state, (task.error or {}).get("class")) for task in found if task] == [
             ("running", None),
@@ -261,11 +289,13 @@ def test_finished_tasks_are_swept_after_their_time(url: str) -> None:
         (ranking,) = await tasks.take("rerank", 1, "me")
         await tasks.finish(ranking, Outcome("done", {"ranking": [[0, 1.0]], "info": {}}))
         assert await tasks.sweep() == (0, [])
-        await asyncio.sleep(0.4)
+        await execute(tasks, "UPDATE genserve_tasks SET expires = expires - 59")
+        assert await tasks.sweep() == (0, [])
+        await execute(tasks, "UPDATE genserve_tasks SET expires = expires - 1")
         assert await tasks.sweep() == (2, ["f"])
         assert prompts(await tasks.page("", limit=9)) == ["unfinished"]
 
-    with_store(url, use, keep_s=0.3)
+    with_store(url, use)
 
 
 def test_pages_show_the_newest_of_one_owner_first(url: str) -> None:
@@ -337,13 +367,11 @@ def test_call_whose_caller_is_cancelled_ends_as_a_whole(url: str) -> None:
 
 def test_lost_database_is_reported_and_found_again(url: str, caplog: pytest.LogCaptureFixture) -> None:
     async def use(tasks: Store) -> None:
-        async with tasks.engine.begin() as connection:
-            await connection.execute(text("ALTER TABLE genserve_tasks RENAME TO hidden"))
+        await execute(tasks, "ALTER TABLE genserve_tasks RENAME TO hidden")
         for _ in range(3):
             with pytest.raises(StoreUnavailable):
                 await tasks.add(new("secret words"))
-        async with tasks.engine.begin() as connection:
-            await connection.execute(text("ALTER TABLE hidden RENAME TO genserve_tasks"))
+        await execute(tasks, "ALTER TABLE hidden RENAME TO genserve_tasks")
         await tasks.add(new())
 
     with_store(url, use)
@@ -403,6 +431,17 @@ def test_unreachable_database_is_an_error_without_the_password() -> None:
         finally:
             await tasks.close()
         assert "hidden" not in str(refusal.value)
+
+    asyncio.run(run())
+
+
+def test_missing_database_is_an_error_in_one_line(server: str) -> None:
+    async def run() -> None:
+        tasks = opened(server.replace("/postgres", "/missing"))
+        with pytest.raises(StoreUnavailable, match='database "missing" does not exist') as refusal:
+            await tasks.open()
+        await tasks.close()
+        assert "\n" not in str(refusal.value)
 
     asyncio.run(run())
 

@@ -6,13 +6,15 @@ import asyncio
 import functools
 import logging
 import os
+import sys
 from collections.abc import Awaitable, Callable, Coroutine
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from sqlalchemy import URL, event, make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from genserve.errors import ServerUnavailable
@@ -29,7 +31,6 @@ RECYCLE_S = 1800
 OPEN_ATTEMPTS = 5
 OPEN_PAUSE_S = 0.2
 """Gateways that start at once may all create the table; all but one fail and look again."""
-
 logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -107,6 +108,14 @@ class StoreUnavailable(ServerUnavailable):
     """Unreachable database."""
 
 
+def failures() -> tuple[type[BaseException], ...]:
+    """Return the errors of a database that cannot be used. SQLAlchemy's others are defects."""
+    # SQLAlchemy 2.0 does not wrap what asyncpg raises while it connects.
+    asyncpg = sys.modules.get("asyncpg")
+    raw = (asyncpg.PostgresError, asyncpg.InterfaceError) if asyncpg else ()
+    return DBAPIError, PoolTimeout, OSError, asyncio.TimeoutError, *raw
+
+
 def whole(method: Callable[Concatenate[D, P], Awaitable[T]]) -> Callable[Concatenate[D, P], Coroutine[Any, Any, T]]:
     """Let a method end even if its caller is cancelled: no statement is left halfway, no connection broken.
 
@@ -120,7 +129,7 @@ def whole(method: Callable[Concatenate[D, P], Awaitable[T]]) -> Callable[Concate
         work.add_done_callback(database.forget)
         try:
             result = await asyncio.shield(work)
-        except (SQLAlchemyError, OSError, asyncio.TimeoutError) as error:
+        except failures() as error:
             database.note(error)
             raise StoreUnavailable("the database of the tasks is not available") from error
         database.note(None)
@@ -154,7 +163,7 @@ class Database:
             try:
                 async with self.engine.begin() as connection:
                     await connection.run_sync(METADATA.create_all)
-            except (SQLAlchemyError, OSError) as error:
+            except failures() as error:
                 if attempt == OPEN_ATTEMPTS or isinstance(error, OSError):
                     raise StoreUnavailable(f"the database of the tasks is not available: {_reason(error)}") from error
                 await asyncio.sleep(OPEN_PAUSE_S)

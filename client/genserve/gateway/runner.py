@@ -184,7 +184,7 @@ class Runner:
             await self._files.remove(file)
 
     async def _beat(self) -> None:
-        """Renew the leases, write the progress, give up lost tasks, and end those that are late."""
+        """Renew the leases, write the progress, give up lost tasks, and reclaim those of others."""
         held = [run.task for lane in self._lanes for run in lane.runs.values()]
         if held:
             found = await asyncio.gather(*map(self._progress, held))
@@ -192,7 +192,7 @@ class Runner:
             for task in held:
                 if (task.number, task.attempts) not in kept:
                     self._give_up(task)
-        if await self._store.fail_late():
+        if await self._store.reclaim():
             self._on_end()
 
     async def _progress(self, task: StoredTask) -> tuple[int, int]:

@@ -127,11 +127,10 @@ class Store(Database):
 
     @whole
     async def take(self, kind: Kind, count: int, runner: str) -> list[StoredTask]:
-        """Give a runner the lease of up to `count` tasks: queued ones, or those of runners that are silent."""
-        is_free = or_(columns.state == "queued", and_(columns.state == "running", columns.lease_until < now()))
+        """Give a runner the lease of up to `count` queued tasks, the most urgent and then the oldest ones."""
         first = (
             select(columns.number)
-            .where(columns.kind == kind, columns.deadline > now(), is_free)
+            .where(columns.state == "queued", columns.kind == kind, columns.deadline > now())
             .order_by(columns.rank, columns.number)
             .limit(count)
             .with_for_update(skip_locked=True)  # in PostgreSQL; SQLite has one writer at a time
@@ -164,17 +163,18 @@ class Store(Database):
         Returns:
             Number and attempt of each task.
         """
-        is_held = and_(columns.runner == runner, columns.state == "running")
+        # What `reclaim` has put back, as after a failure of the database, is still the runner's until it is taken.
+        is_held = and_(columns.runner == runner, _is_unfinished())
         steps = [{"key": number, "now_at": step, "of": total} for number, (step, total) in progress.items() if total]
         written = (
             update(TASKS)
-            .where(columns.number == bindparam("key"), is_held)
+            .where(columns.number == bindparam("key"), columns.runner == runner)
             .values(step=bindparam("now_at"), steps=bindparam("of"))
         )
         renewed = (
             update(TASKS)
             .where(columns.number.in_(list(progress)), is_held)
-            .values(lease_until=now() + LEASE_S)
+            .values(state="running", lease_until=now() + LEASE_S)
             .returning(columns.number, columns.attempts)
         )
         async with self.engine.begin() as connection:
@@ -185,7 +185,7 @@ class Store(Database):
     @whole
     async def finish(self, task: StoredTask, outcome: Outcome) -> bool:
         """End a task with the outcome of its present attempt. Return False if the task is no longer that attempt's."""
-        is_present = and_(columns.state == "running", columns.attempts == task.attempts)
+        is_present = and_(_is_unfinished(), columns.attempts == task.attempts)
         steps = int((outcome.result or {}).get("info", {}).get("steps", task.steps))
         values = {"step": steps, "steps": steps} if outcome.state == "done" else {}
         statement = (
@@ -209,11 +209,12 @@ class Store(Database):
         await self._count(statement.values(state="queued", runner=None, lease_until=None, step=0, steps=0))
 
     @whole
-    async def fail_late(self) -> int:
-        """End the tasks that nobody runs and that are past their deadlines; return their number."""
-        is_idle = or_(columns.state == "queued", and_(columns.state == "running", columns.lease_until < now()))
-        statement = update(TASKS).where(columns.deadline <= now(), is_idle).values(**self._end(LATE))
-        return await self._count(statement)
+    async def reclaim(self) -> int:
+        """Put tasks of silent runners back into the queue. End queued tasks that are late; return their number."""
+        silent = update(TASKS).where(columns.state == "running", columns.lease_until < now())
+        await self._count(silent.values(state="queued", lease_until=None, step=0, steps=0))
+        late = update(TASKS).where(columns.state == "queued", columns.deadline <= now())
+        return await self._count(late.values(**self._end(LATE)))
 
     @whole
     async def sweep(self) -> tuple[int, list[str]]:
