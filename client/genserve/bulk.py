@@ -125,7 +125,7 @@ class Bulk(Generic[T]):
             result, error = await self._answer(item), None
         except GenServeError as failure:
             result, error = None, failure
-        self._concurrency.completed()
+        self._concurrency.completed(len(self._tasks))
         self._finished[index] = MapResult(index, item, result, error)
         self._release()
 

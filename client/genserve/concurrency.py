@@ -11,6 +11,8 @@ MOST_PER_SERVER = 64
 GROWTH = 1.5
 GAIN = 1.05
 """Ratio of throughputs that makes a higher number worth it."""
+USED = 0.75
+"""Least mean share of the limit in flight that makes a window count."""
 WINDOWS_HELD = 20
 """Windows after which a number that was found is questioned again."""
 REFUSED_PAUSE_S = 0.5
@@ -36,17 +38,13 @@ class Concurrency:
         """The last lower limit, and its throughput."""
         self._held = 0
         self._paused_until = 0.0
-        self._is_used = True
-        """The window has always had as many requests in flight as allowed."""
         self._open_window()
 
     def room(self, in_flight: int) -> int:
         """Return the number of requests that may start now."""
         if in_flight and time.monotonic() < self._paused_until:
             return 0
-        room = max(0, self.limit - in_flight)
-        self._is_used = self._is_used and room == 0
-        return room
+        return max(0, self.limit - in_flight)
 
     def refused(self, in_flight: int) -> None:
         """Lower the limit after a full queue to the requests still in flight."""
@@ -56,13 +54,19 @@ class Concurrency:
             self._before, self._held = None, WINDOWS_HELD
         self._open_window()
 
-    def completed(self) -> None:
-        """Count a finished request; at the end of a window, choose the next limit."""
+    def completed(self, in_flight: int) -> None:
+        """Count a finished request; at the end of a window, choose the next limit.
+
+        Args:
+            in_flight: Number of requests in flight, with the finished one.
+        """
         self._completed += 1
+        self._in_flight += in_flight
         if self._is_fixed or self._completed < 2 * self.limit:
             return
         throughput = self._completed / max(time.monotonic() - self._opened, 1e-9)
-        if self._is_used:
+        # With too few requests, the throughput says nothing about the limit.
+        if self._in_flight >= USED * self.limit * self._completed:
             self._choose(throughput)
         self._open_window()
 
@@ -76,4 +80,4 @@ class Concurrency:
             self.limit = min(self._most, max(self.limit + 1, round(GROWTH * self.limit)))
 
     def _open_window(self) -> None:
-        self._opened, self._completed, self._is_used = time.monotonic(), 0, True
+        self._opened, self._completed, self._in_flight = time.monotonic(), 0, 0

@@ -290,9 +290,18 @@ class Load:
             assert concurrency.room(in_flight) == 0
             self.now += max(1.0, in_flight / self.slots)
             for _ in range(in_flight):
-                concurrency.completed()
+                concurrency.completed(in_flight)
             limits.append(concurrency.limit)
         return limits
+
+
+@BOTH
+def test_bulk_call_grows_with_a_server_that_takes_more(blocking: bool) -> None:
+    server = FakeServer()
+    server.always = after(0.02)
+    results = collect([server], map(str, range(300)), blocking=blocking)
+    assert all(result.ok for result in results)
+    assert server.most_running >= 4 * FIRST_PER_SERVER
 
 
 @pytest.mark.parametrize("slots", [4, 8, 16, 40])
@@ -324,7 +333,7 @@ def test_unused_concurrency_does_not_grow(monkeypatch: pytest.MonkeyPatch) -> No
     for _ in range(200):
         assert concurrency.room(concurrency.limit - 1) == 1
         load.now += 0.01
-        concurrency.completed()
+        concurrency.completed(concurrency.limit // 2)
     assert concurrency.limit == FIRST_PER_SERVER
 
 

@@ -289,9 +289,9 @@ def test_finished_tasks_are_swept_after_their_time(url: str) -> None:
         (ranking,) = await tasks.take("rerank", 1, "me")
         await tasks.finish(ranking, Outcome("done", {"ranking": [[0, 1.0]], "info": {}}))
         assert await tasks.sweep() == (0, [])
-        await execute(tasks, "UPDATE genserve_tasks SET expires = expires - 59")
+        await execute(tasks, "UPDATE genserve_tasks SET expires = expires - 50")
         assert await tasks.sweep() == (0, [])
-        await execute(tasks, "UPDATE genserve_tasks SET expires = expires - 1")
+        await execute(tasks, "UPDATE genserve_tasks SET expires = expires - 10")
         assert await tasks.sweep() == (2, ["f"])
         assert prompts(await tasks.page("", limit=9)) == ["unfinished"]
 

@@ -660,13 +660,37 @@ def test_lane_grows_while_that_raises_the_throughput(monkeypatch: pytest.MonkeyP
         for number in range(2000):
             for free in range(tasks.room()):
                 tasks.runs[f"{number}-{free}"] = Run(_stored("x"))
-            tasks.filled()
             now[0] += 1 / min(len(tasks.runs), 12)
             tasks.completed()
             tasks.runs.popitem()
         return tasks.room() + len(tasks.runs)
 
     assert 8 <= asyncio.run(run()) <= 24
+
+
+def test_lane_does_not_grow_while_the_queue_is_empty() -> None:
+    async def run() -> int:
+        tasks = Lane("image", 1)
+        for _ in range(50):
+            tasks.runs["only"] = Run(_stored("only"))
+            tasks.completed()
+            tasks.runs.clear()
+        return tasks.room()
+
+    assert asyncio.run(run()) == FIRST_PER_SERVER
+
+
+def test_runner_grows_with_a_server_that_takes_more(tmp_path: Path) -> None:
+    server = FakeServer()
+    server.always = after(0.3)
+
+    async def use(http: httpx.AsyncClient) -> None:
+        ids = [(await submitted(http))["id"] for _ in range(40)]
+        for task_id in ids:
+            await until(http, task_id)
+        assert server.most_running > FIRST_PER_SERVER
+
+    ask(use, tmp_path, server)
 
 
 def _stored(task_id: str) -> Any:

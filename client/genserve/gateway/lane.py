@@ -69,14 +69,10 @@ class Lane:
         run = self.runs[task.attempt_id] = Run(task)
         run.work = asyncio.ensure_future(work(self, run))
 
-    def filled(self) -> None:
-        """Note that there is nothing to start at the moment: all places are taken, or the queue is empty."""
-        self._concurrency.room(len(self.runs))
-
     def completed(self) -> None:
         """Note an answer."""
         self._failures = 0
-        self._concurrency.completed()
+        self._concurrency.completed(len(self.runs))
 
     def refused(self, error: GenServeError | OSError) -> None:
         """Note that a task has to go back into the queue, and start no further one for a while."""

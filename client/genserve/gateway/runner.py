@@ -118,7 +118,6 @@ class Runner:
         if room := lane.room():
             for task in await self._store.take(lane.kind, room, self.id):
                 lane.add(task, self._run)
-        lane.filled()
 
     async def _run(self, lane: Lane, run: Run) -> None:
         """Run an attempt to its end."""
