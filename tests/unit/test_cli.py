@@ -457,8 +457,8 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """Return the arguments of every client that a verb created."""
     found: list[dict[str, Any]] = []
 
-    def make(urls: tuple[str, ...], **options: Any) -> Any:
-        found.append({"urls": urls, **options})
+    def make(url: tuple[str, ...], **options: Any) -> Any:
+        found.append({"urls": url, **options})
         raise InvalidInput("seen enough")
 
     monkeypatch.setattr(cli_options, "Client", make)
