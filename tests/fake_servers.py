@@ -42,9 +42,8 @@ def task(task_id: str, state: str = "unknown", **values: Any) -> Outputs:
 class FakeServer:
     """Server that answers at once, or as the test says."""
 
-    def __init__(self, url: str = "fake", *, cancels_on_hangup: bool = True) -> None:
+    def __init__(self, url: str = "fake") -> None:
         self.url = url
-        self.cancels_on_hangup = cancels_on_hangup
         self.calls: list[Call] = []
         self.tasks: list[tuple[str, str]] = []
         self.probes: list[str] = []

@@ -54,8 +54,6 @@ class HttpTransport:
     own HTTP clients have one timeout for all requests.
     """
 
-    cancels_on_hangup = False
-
     def __init__(self, url: str, address: Address, tls: TLS, headers: dict[str, str]) -> None:
         self.url = url
         self._base = URL(f"{address.scheme}://{address.authority}{address.prefix}", encoded=True)

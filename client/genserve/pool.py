@@ -128,13 +128,13 @@ class Pool:
             raise
 
     def _say_farewell(self, server: Server, call: Call) -> None:
-        """Cancel a request on a server that does not notice when its caller has gone."""
+        """Cancel the task of a request whose caller has gone. Triton does not notice over HTTP; see GrpcTransport."""
 
         async def cancel() -> None:
             with suppress(Exception):  # The caller has gone, so nobody is left to hear of it.
                 await server.transport.infer(tasks_call("cancel", call.request_id), FAREWELL_S)
 
-        if call.request_id and not server.transport.cancels_on_hangup:
+        if call.request_id:
             self._spawn(cancel(), name=FAREWELL)
 
     async def _probe(self, server: Server, model: str, failures: int) -> None:

@@ -53,8 +53,6 @@ class AsyncTransport(Protocol):
     """Transport to one server, for use in one event loop at a time. See `Transport` for the methods."""
 
     url: str
-    cancels_on_hangup: bool
-    """The server stops a request whose caller goes away. Triton does so over gRPC only."""
 
     async def infer(self, call: Call, timeout_s: float) -> Outputs:
         """See Transport."""
@@ -80,8 +78,6 @@ class AsyncTransport(Protocol):
 
 class ThreadTransport:
     """Asynchronous adapter of a synchronous transport."""
-
-    cancels_on_hangup = True  # There is no server behind it that could be told.
 
     def __init__(self, transport: Transport) -> None:
         self.url = transport.url

@@ -57,11 +57,13 @@ def test_both_clients_make_the_same_image(protocol: str, server: Server, client:
 def test_two_hundred_awaits_at_once(protocol: str, server: Server) -> None:
     async def test(client: AsyncClient) -> None:
         before = threading.active_count()
-        requests = [asyncio.ensure_future(client.rerank("q", [f"document {number}"])) for number in range(200)]
+        # The queue of a model holds 150 requests, so both models have their part.
+        images = [asyncio.ensure_future(client.generate("x", steps=1, height=64, width=64)) for _ in range(80)]
+        rankings = [asyncio.ensure_future(client.rerank("q", [f"document {number}"])) for number in range(120)]
         await asyncio.sleep(0.05)
         threads = threading.active_count()
-        rankings = await asyncio.gather(*requests)
-        assert len({ranking[0].score for ranking in rankings}) > 1
+        assert len({image.seed for image in await asyncio.gather(*images)}) == 80
+        assert len({ranking[0].score for ranking in await asyncio.gather(*rankings)}) > 1
         assert threads - before < 20  # gRPC has some of its own
 
     run(server, protocol, test)

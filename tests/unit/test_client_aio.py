@@ -180,11 +180,10 @@ def test_invalid_arguments_fail_the_task() -> None:
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("cancels_on_hangup", [False, True], ids=["http", "grpc"])
 @pytest.mark.parametrize("how", ["cancel", "with", "await", "wait_for"])
-def test_task_is_cancelled_on_its_server(how: str, cancels_on_hangup: bool) -> None:
+def test_task_is_cancelled_on_its_server(how: str) -> None:
     async def run() -> None:
-        server = Painter(cancels_on_hangup=cancels_on_hangup)
+        server = Painter()
         async with AsyncClient(transport=[server]) as client:
             found = client.submit("x", task_id="mine")
             await server.started("mine")
@@ -204,9 +203,7 @@ def test_task_is_cancelled_on_its_server(how: str, cancels_on_hangup: bool) -> N
                     await asyncio.wait_for(found.result(), 0.01)
             await asyncio.sleep(0.01)
             assert server.running == 0
-            assert [action for action, _ in server.tasks if action == "cancel"] == (
-                [] if cancels_on_hangup else ["cancel"]
-            )
+            assert [action for action, _ in server.tasks if action == "cancel"] == ["cancel"]
             with pytest.raises(Cancelled) as caught:
                 await found
             assert (caught.value.request_id, caught.value.model) == ("mine", "flux")

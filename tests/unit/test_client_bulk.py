@@ -216,7 +216,7 @@ def test_items_wait_for_a_server_that_restarts(monkeypatch: pytest.MonkeyPatch) 
 
 @BOTH
 def test_leaving_early_cancels_what_is_in_flight(blocking: bool) -> None:
-    server = FakeServer(cancels_on_hangup=False)
+    server = FakeServer()
 
     async def answer(call: Call) -> Outputs:
         if call.inputs["PROMPT"].item() != b"0":

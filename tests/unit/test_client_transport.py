@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,7 @@ from genserve import (
     ServerError,
     ServerUnavailable,
 )
+from genserve import grpc_transport as grpc_module
 from genserve.background import LOOP
 from genserve.protocol import Call
 from genserve.wire import passing_on
@@ -239,12 +241,20 @@ class GrpcServer(grpc.GenericRpcHandler):
     def __init__(self) -> None:
         self.seen: list[tuple[str, dict[str, Any], Any]] = []
         self.failure: tuple[grpc.StatusCode, str, tuple[tuple[str, str], ...]] | None = None
+        self.release = threading.Event()
+        self.release.set()
+        self.ends: list[str] = []
 
     def service(self, call: grpc.HandlerCallDetails) -> grpc.RpcMethodHandler:
         name = call.method.rpartition("/")[2]
 
         def answer(request: Any, context: grpc.ServicerContext) -> Any:
             self.seen.append((name, dict(call.invocation_metadata), request))
+            while not self.release.wait(0.02):
+                if not context.is_active():
+                    self.ends.append("cancelled")
+                    context.abort(grpc.StatusCode.CANCELLED, "")
+            self.ends.append("answered")
             if self.failure:
                 code, message, metadata = self.failure
                 context.set_trailing_metadata(metadata)
@@ -361,3 +371,59 @@ def test_closed_port_is_server_unavailable(url: str, verb: str) -> None:
     with pytest.raises(ServerUnavailable, match="127.0.0.1:1"):
         VERBS[verb](transport)
     transport.close()
+
+
+async def give_up(transport: BlockingTransport, server: GrpcServer, how: str) -> None:
+    """Give up a request that the server holds, by cancellation or by its deadline."""
+    server.release.clear()
+    infer = asyncio.ensure_future(transport.transport.infer(CALL, 0.2 if how == "deadline" else 30.0))
+    while not server.seen:
+        await asyncio.sleep(0.01)
+    if how == "cancelled":
+        infer.cancel()
+    with pytest.raises((asyncio.CancelledError, DeadlineExceeded)):
+        await infer
+
+
+@pytest.mark.parametrize("how", ["cancelled", "deadline"])
+def test_grpc_request_given_up_may_end_by_itself(
+    how: str, grpc_transport: BlockingTransport, grpc_server: GrpcServer
+) -> None:
+    async def run() -> None:
+        await give_up(grpc_transport, grpc_server, how)
+        await asyncio.sleep(0.2)
+        grpc_server.release.set()
+        while not grpc_server.ends:
+            await asyncio.sleep(0.01)
+
+    LOOP.run(run())
+    assert grpc_server.ends == ["answered"], "Triton may crash if it is cancelled over gRPC at such a moment"
+
+
+@pytest.mark.parametrize("how", ["cancelled", "deadline"])
+def test_grpc_request_given_up_does_not_stay_forever(
+    how: str, grpc_transport: BlockingTransport, grpc_server: GrpcServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grpc_module, "LINGER_S", 0.3)
+
+    async def run() -> None:
+        await give_up(grpc_transport, grpc_server, how)
+        while not grpc_server.ends:
+            await asyncio.sleep(0.01)
+
+    LOOP.run(run())
+    assert grpc_server.ends == ["cancelled"]
+
+
+def test_closing_waits_a_moment_for_requests_given_up(
+    grpc_transport: BlockingTransport, grpc_server: GrpcServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grpc_module, "CLOSE_S", 30.0)
+
+    async def run() -> None:
+        await give_up(grpc_transport, grpc_server, "cancelled")
+        asyncio.get_running_loop().call_later(0.2, grpc_server.release.set)
+        await grpc_transport.transport.close()
+
+    LOOP.run(run())
+    assert grpc_server.ends == ["answered"]

@@ -279,7 +279,7 @@ def test_caller_without_context_gets_one_of_its_own() -> None:
 
 
 def test_cancellation_belongs_to_the_trace_and_probes_do_not() -> None:
-    server = TracedServer(cancels_on_hangup=False)
+    server = TracedServer()
 
     async def ask(http: httpx.AsyncClient) -> None:
         headers = {"traceparent": PARENT}

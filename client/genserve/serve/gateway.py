@@ -7,6 +7,9 @@ import socket
 import subprocess
 import sys
 import time
+from http import HTTPStatus
+
+import urllib3
 
 from genserve.serve.options import ServeError, ServeOptions
 from genserve.serve.process import end_with_parent
@@ -75,6 +78,16 @@ class GatewayProcess:
             except OSError:
                 pass
         return self._has_listened
+
+    def is_healthy(self) -> bool:
+        """Return whether the gateway answers, and reaches the server. It may still pause after a failed connection."""
+        if not self.is_listening():
+            return False
+        with urllib3.PoolManager(retries=False, timeout=PROBE_TIMEOUT_S) as http:
+            try:
+                return http.request("GET", f"{self._options.addresses['gateway']}/health").status == HTTPStatus.OK
+            except urllib3.exceptions.HTTPError:
+                return False
 
     def stop(self, drain_s: float) -> None:
         """End the gateway once its requests in flight have finished, at the latest after `drain_s` seconds or a few."""

@@ -132,7 +132,7 @@ class Server:
 
     def _wait_ready(self, process: TritonProcess, watch: Watch) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
-        while not self._is_stopping and not (process.poll_ready() and self._gateway_listens()):
+        while not self._is_stopping and not (process.poll_ready() and self._gateway_is_healthy()):
             if hanging := watch.hang():
                 raise ServeError(hanging)
             if time.monotonic() > deadline:
@@ -156,8 +156,8 @@ class Server:
             time.sleep(POLL_S)
         return self._is_stopping
 
-    def _gateway_listens(self) -> bool:
-        return self._gateway is None or self._gateway.is_listening()
+    def _gateway_is_healthy(self) -> bool:
+        return self._gateway is None or self._gateway.is_healthy()
 
     def _stop_gateway(self, drain_s: float) -> float:
         """End the gateway. Return the seconds that it took."""
