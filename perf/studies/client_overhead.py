@@ -33,7 +33,7 @@ from genserve import AsyncClient, Client, GenServeError
 from genserve.serve.options import ServeError
 
 QUERY = "the city on the river"
-STEPS, SIZE = 4, 64
+STEPS, SIZE = 20, 128
 TYPES = {np.dtype(object): "BYTES", np.dtype(np.int32): "INT32", np.dtype(np.int64): "INT64"}
 PROMISES = {"rerank": 0.10, "generate": 0.02}
 """Largest share that genserve may add to the median of tritonclient over the same protocol."""

@@ -21,7 +21,7 @@ from genserve.gateway.records import KINDS, Outcome, StoredTask
 from genserve.gateway.store import LATE, Store
 from genserve.types import TaskStatus
 
-POLL_S = 1.0
+POLL_S = 2.0
 """Seconds between two looks for tasks that other gateways have accepted or given up."""
 BEAT_S = 3.0
 """Seconds between two renewals of the leases, a fifth of a lease."""
