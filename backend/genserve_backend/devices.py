@@ -9,7 +9,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from genserve_backend.board import Memory
 from genserve_backend.settings import RerankDType, weights_dtype
@@ -33,6 +35,34 @@ def copy_together(lists: Sequence[Sequence[int]], device: torch.device) -> list[
     """Copy lists of integers to `device` in one non-blocking transfer; return them as int64 tensors."""
     together = move(torch.tensor(list(chain.from_iterable(lists)), dtype=torch.int64), device)
     return list(torch.split(together, [len(each) for each in lists]))
+
+
+ALIGNED = 4
+"""int32 values after which each array of `copy_arrays` starts: 16 bytes, which compiled kernels count on."""
+
+
+def copy_arrays(arrays: Sequence[NDArray[np.int32]], device: torch.device) -> list[torch.Tensor]:
+    """Copy one-dimensional arrays to `device` in one non-blocking transfer; return them as int32 tensors."""
+    starts = [0]
+    for each in arrays:
+        starts.append(starts[-1] + -(-len(each) // ALIGNED) * ALIGNED)
+    together = np.zeros(starts[-1], dtype=np.int32)
+    for start, each in zip(starts, arrays, strict=False):
+        together[start : start + len(each)] = each
+    moved = move(torch.from_numpy(together), device)
+    return [moved[start : start + len(each)] for start, each in zip(starts, arrays, strict=False)]
+
+
+def copy_back(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """Copy a tensor to the host without waiting; return the copy, and the event after which it may be read.
+
+    There is no event on a CPU: the tensor itself is returned.
+    """
+    if tensor.device.type != "cuda":
+        return tensor.cpu(), None
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    return host, record_event(tensor.device)
 
 
 def own_stream(device: torch.device) -> AbstractContextManager[Any]:

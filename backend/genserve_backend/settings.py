@@ -159,8 +159,9 @@ class RerankSettings(ModelSettings):
     dtype: Annotated[RerankDType, Env("RERANK_DTYPE")] = "auto"
     """dtype of the weights; auto is bfloat16 on a GPU and float32 on a CPU. int8 is for CPUs: matrix products are in
     int8, everything else in float32."""
-    compiled: Annotated[bool, Env("RERANK_COMPILE")] = False
-    """Use torch.compile to fuse the operators between matrix products; the start takes longer."""
+    compiled: Annotated[bool | Literal["auto"], Env("RERANK_COMPILE")] = "auto"
+    """Use torch.compile to fuse the operators between matrix products; the start takes longer. auto does so on a
+    GPU."""
     model_size: Annotated[Literal["0.6B", "4B", "8B"] | None, Env("MODEL_SIZE")] = None
     """Selects the checkpoint folder below `model_path`, and the defaults of the limits below."""
     engine: Annotated[Literal["torch", "vllm"], Env("ENGINE")] = "torch"
@@ -208,14 +209,14 @@ class RerankSettings(ModelSettings):
     def _check_torch_only(cls, value: str, info: ValidationInfo) -> str:
         if value == "vllm" and info.data.get("dtype") == "int8":
             raise ValueError("int8 works with torch only; choose another RERANK_DTYPE")
-        if value == "vllm" and info.data.get("compiled"):
+        if value == "vllm" and info.data.get("compiled") is True:
             raise ValueError("RERANK_COMPILE works with torch only; vLLM decides itself what to compile")
         return value
 
     @field_validator("compiled")
     @classmethod
-    def _check_compiled(cls, value: bool, info: ValidationInfo) -> bool:
-        if value and info.data.get("dtype") == "int8":
+    def _check_compiled(cls, value: bool | str, info: ValidationInfo) -> bool | str:
+        if value is True and info.data.get("dtype") == "int8":
             raise ValueError("int8 cannot be compiled; choose another RERANK_DTYPE")
         return value
 
@@ -230,6 +231,12 @@ class RerankSettings(ModelSettings):
         if value > 1 and info.data.get("engine") == "torch":
             raise ValueError("several GPUs per instance require ENGINE=vllm")
         return value
+
+    def compiles(self, device: str) -> bool:
+        """Return whether to compile the model, for a device in torch's notation."""
+        if self.compiled == "auto":
+            return device.startswith("cuda") and self.dtype != "int8"
+        return self.compiled
 
     def token_budget(self, device: str) -> int:
         """Return the limit on the tokens per forward, for a device in torch's notation."""

@@ -51,7 +51,7 @@ FLUX_VARIANTS: dict[str, Variant] = {
     "compile-by-size": Variant(instead=compile_blocks_by_size),
 }
 RERANK_VARIANTS: dict[str, Variant] = {
-    "eager": Variant(),
+    "eager": Variant({"compiled": False}),
     "compile": Variant({"compiled": True}),
 }
 USUAL = ("eager", "compile")

@@ -6,14 +6,13 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, product
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from genserve_backend.rerank import varlen
-from genserve_backend.rerank.attention import KeysValues, Packing, packed_attention
+from genserve_backend.rerank.attention import Packing, attend
 from gpu.part import Run
 
 HEADS = ((16, 8), (12, 12))
@@ -60,8 +59,8 @@ def errors(run: Run) -> None:
     kinds = product(HEADS, WIDTHS[-1:] if run.tiny else WIDTHS, (True, False), (None, WINDOW), ("all", "half", "one"))
     for heads, width, causal, window, queries in kinds:
         case = Case(heads, width, causal, window, queries, keys)
-        for name, attend in (("kernel", kernel), ("fallback", fallback)):
-            _write(run, case, name, attend)
+        for name, call in (("kernel", kernel), ("fallback", fallback)):
+            _write(run, case, name, call)
 
 
 def _chosen(device: torch.device) -> str | None:
@@ -70,7 +69,7 @@ def _chosen(device: torch.device) -> str | None:
     return None if found is None else str(found)
 
 
-def _write(run: Run, case: Case, name: str, attend: Any) -> None:
+def _write(run: Run, case: Case, name: str, call: Any) -> None:
     row = {
         "what": name,
         "heads": f"{case.heads[0]} / {case.heads[1]}",
@@ -85,10 +84,10 @@ def _write(run: Run, case: Case, name: str, attend: Any) -> None:
         run.result("varlen", **row, **nothing, reason="no such kernel on this device")
         return
     with run.isolate("varlen", **row):
-        found = attend(case, query, key, value)
+        found = call(case, query, key, value)
         right = exact(case, query, key, value)
         apart = (found.float() - right).abs()
-        crowd = _batched(case, attend, query, key, value, found)
+        crowd = _batched(case, call, query, key, value, found)
         relative = float((found.float() - right).norm() / right.norm())
         run.result("varlen", **row, greatest=float(apart.max()), relative=relative, crowd=crowd, identical=crowd == 0)
 
@@ -112,36 +111,24 @@ def _offsets(lengths: Sequence[int], device: torch.device) -> varlen.Offsets:
 
 
 def fallback(case: Case, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attend sequence by sequence, with the leading keys and values as its prefix."""
-    layer = SimpleNamespace(is_causal=case.causal, layer_idx=0)
-    own, prefixes = _split(case, key, value)
+    """Attend sequence by sequence; leading keys without a query are its prefix."""
     one = case.queries == "one"
-    packing = Packing(case.keys if one else case.lengths, last=True, prefixes=[] if one else prefixes)
+    packing = Packing(case.keys if one else case.lengths, last=True, key_lengths=case.keys)
     serves = varlen.serves
     varlen.serves = lambda _: False  # type: ignore[assignment]
     try:
-        keys, values = (key, value) if one else own
-        found: Tensor = packed_attention(
-            layer, query, keys, values, None, packing=packing, sliding_window=case.window, one_position=one
-        )[0]
+        return attend(
+            query,
+            key,
+            value,
+            packing=packing,
+            causal=case.causal,
+            scaling=None,
+            sliding_window=case.window,
+            one_position=one,
+        )
     finally:
         varlen.serves = serves
-    return found
-
-
-def _split(case: Case, key: Tensor, value: Tensor) -> tuple[tuple[Tensor, Tensor], list[KeysValues | None]]:
-    """Split keys and values into those of the computed tokens and those of their prefixes."""
-    prefixes: list[KeysValues | None] = []
-    keys, values = [], []
-    end = 0
-    for length, whole in zip(case.lengths, case.keys, strict=True):
-        start, end = end, end + whole
-        middle = end - length
-        cached = (key[:, :, start:middle], value[:, :, start:middle])
-        prefixes.append(KeysValues((cached,)) if middle > start else None)
-        keys.append(key[:, :, middle:end])
-        values.append(value[:, :, middle:end])
-    return (torch.cat(keys, dim=2), torch.cat(values, dim=2)), prefixes
 
 
 def exact(case: Case, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -172,12 +159,12 @@ def _sequences(case: Case, query: Tensor, key: Tensor, value: Tensor) -> Sequenc
     )
 
 
-def _batched(case: Case, attend: Any, query: Tensor, key: Tensor, value: Tensor, crowd: Tensor) -> float:
+def _batched(case: Case, call: Any, query: Tensor, key: Tensor, value: Tensor, crowd: Tensor) -> float:
     """Return the greatest difference between sequences alone and batched."""
     greatest = 0.0
     parts = torch.split(crowd, case.lengths, dim=1)
     for number, (queries, keys, values) in enumerate(_sequences(case, query, key, value)):
         single = Case(case.heads, case.width, case.causal, case.window, case.queries, (keys.shape[1],))
-        alone = attend(single, queries[None], keys[None], values[None])
+        alone = call(single, queries[None], keys[None], values[None])
         greatest = max(greatest, float((alone.float() - parts[number].float()).abs().max()))
     return greatest

@@ -94,7 +94,7 @@ def modern_bert_cross_encoder(folder: Path) -> Path:
     return _save(folder, ModernBertForSequenceClassification(config), tokenizer)
 
 
-def qwen3_causal(folder: Path, *, answers: bool = True) -> Path:
+def qwen3_causal(folder: Path, *, answers: bool = True, layers: int = 2) -> Path:
     """Write a Qwen3ForCausalLM with 512 positions; without `answers` its tokenizer has no token for yes."""
     tokenizer = _byte_pairs(CHAT_TOKENS, corpus=CORPUS if answers else ("abc abc",))
     tokenizer.add_special_tokens({"pad_token": "<|endoftext|>", "eos_token": "<|im_end|>"})
@@ -106,7 +106,7 @@ def qwen3_causal(folder: Path, *, answers: bool = True) -> Path:
         head_dim=8,
         tie_word_embeddings=True,
         pad_token_id=0,
-        **{**_SIZES, "initializer_range": 0.15},
+        **{**_SIZES, "initializer_range": 0.15, "num_hidden_layers": layers},
     )
     return _save(folder, Qwen3ForCausalLM(config), tokenizer)
 

@@ -25,10 +25,9 @@ from genserve_backend.flux.prompts import Embedding
 from genserve_backend.flux.request import parse
 from genserve_backend.flux.schedule import Scheduler
 from genserve_backend.flux.state import ImageState
-from genserve_backend.rerank import attention
 from genserve_backend.rerank.checkpoint import RerankCheckpoint
 from genserve_backend.rerank.request import RerankRequest
-from genserve_backend.rerank.scorers import SCORERS
+from genserve_backend.rerank.scorers import SCORERS, base
 from genserve_backend.worker.engine import Job
 from genserve_backend.worker.messages import Submit
 from random_flux import write_random_flux
@@ -57,7 +56,7 @@ class Copies(TorchDispatchMode):
             finally:
                 self._moving = False
 
-        for module in (devices, denoise, prompts, attention):
+        for module in (devices, denoise, prompts):
             monkeypatch.setattr(module, "move", counted)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -160,9 +159,21 @@ KINDS = {
 }
 
 
+@pytest.mark.parametrize("is_fused", [True, False], ids=["decoder", "transformers"])
+@pytest.mark.parametrize("prefix_cache_bytes", [0, 2**20])
 @pytest.mark.parametrize("kind", KINDS)
-@torch.inference_mode()
-def test_forward_makes_one_copy(kind: str, tmp_path: Path, copies: Copies) -> None:
+def test_forward_makes_one_copy(
+    kind: str,
+    prefix_cache_bytes: int,
+    is_fused: bool,
+    tmp_path: Path,
+    copies: Copies,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also if the forward computes missing prefixes, or reads cached ones."""
+    if not is_fused:
+        monkeypatch.setattr(base, "can_fuse", lambda model, device: False)
+    monkeypatch.setattr(base, "copy_back", lambda tensor: (tensor, None))
     checkpoint = RerankCheckpoint.load(KINDS[kind](tmp_path / "model"))
     scorer = SCORERS[checkpoint.kind](
         checkpoint,
@@ -171,14 +182,14 @@ def test_forward_makes_one_copy(kind: str, tmp_path: Path, copies: Copies) -> No
         int8=False,
         compiled=False,
         device=META,
-        prefix_cache_bytes=0,
+        prefix_cache_bytes=prefix_cache_bytes,
     )
     request = RerankRequest("the capital of France", ("Paris", "Berlin is a city", "", "bamboo " * 20), None)
     sequences = [sequence for part in scorer.tokenize(request) for sequence in part.sequences]
-    with copies:
-        layout = scorer._lay_out(sequences)
-        types = {"token_type_ids": layout.type_ids} if scorer._takes_types else {}
-        rows = scorer.outputs(layout, layout.inputs | types)
-    assert rows.shape[0] == len(sequences)
-    assert copies.waiting == []
-    assert copies.moved == 1
+    for forwards in (1, 2):
+        with copies:
+            outputs = scorer.launch(sequences).outputs()
+        assert outputs.shape[0] == len(sequences)
+        assert copies.waiting == []
+        assert copies.moved == forwards
+    assert bool(scorer.prefix_tokens_computed) == (kind == "causal" and prefix_cache_bytes > 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -11,6 +12,8 @@ import torch
 from genserve_backend import devices
 from genserve_backend.board import Memory
 from genserve_backend.devices import (
+    copy_arrays,
+    copy_back,
     copy_together,
     hand_over,
     memory,
@@ -111,6 +114,43 @@ def test_copy_together_makes_one_transfer(monkeypatch: pytest.MonkeyPatch) -> No
     assert (first.tolist(), second.tolist(), third.tolist()) == ([1, 2], [], [3])
     assert first.dtype == torch.int64
     assert len(moved) == 1
+
+
+def test_copied_arrays_make_one_transfer_and_start_at_multiples_of_16_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[torch.Tensor] = []
+
+    def count(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        moved.append(tensor)
+        return tensor
+
+    monkeypatch.setattr(devices, "move", count)
+    arrays = [np.array(each, dtype=np.int32) for each in ([1, 2, 3, 4, 5], [], [6], [7, 8])]
+    copied = copy_arrays(arrays, CPU)
+    assert [each.tolist() for each in copied] == [[1, 2, 3, 4, 5], [], [6], [7, 8]]
+    assert {each.dtype for each in copied} == {torch.int32}
+    assert [each.storage_offset() % 4 for each in copied] == [0] * 4
+    assert len(moved) == 1
+
+
+def test_copy_back_waits_only_for_its_event(cuda: MockCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensor = torch.tensor([[0.5]])
+    copied, event = copy_back(tensor)
+    assert (copied is tensor, event, cuda.calls) == (True, None, [])
+
+    class Pinned:
+        def copy_(self, source: Any, *, non_blocking: bool) -> None:
+            cuda.calls.append(("copy", non_blocking))
+
+    def empty(*_: Any, pin_memory: bool, **__: Any) -> Pinned:
+        cuda.calls.append(("pinned", pin_memory))
+        return Pinned()
+
+    monkeypatch.setattr(torch, "empty", empty)
+    on_device: Any = type("OnGpu", (), {"device": CUDA, "shape": (1, 1), "dtype": torch.float32})()
+    copied, event = copy_back(on_device)
+    assert isinstance(copied, Pinned)
+    assert event is not None
+    assert cuda.calls == [("pinned", True), ("copy", True), ("event", True), "record"]
 
 
 def test_recorded_event_lets_a_waiting_thread_sleep(cuda: MockCuda) -> None:

@@ -1,14 +1,13 @@
-"""Prefix caching: shared lengths, reuse and eviction."""
+"""Prefix caching: shared lengths, slots, reuse, eviction and failures."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
-import torch
 
-from genserve_backend.rerank.attention import KeysValues
-from genserve_backend.rerank.prefix import Prefix, PrefixCache, shared_length
+from genserve_backend.rerank.prefix import Plan, Prefix, PrefixCache, shared_length
+
+PARENT = Prefix((1, 2))
+FIRST, SECOND = Prefix((1, 2, 3), PARENT), Prefix((1, 2, 4, 5), PARENT)
 
 
 @pytest.mark.parametrize(
@@ -28,59 +27,92 @@ def test_shared_length(texts: list[list[int]], head: list[int], length: int) -> 
     assert shared_length(texts, head) == length
 
 
-class Computed:
-    """Computes keys and values that equal their token ids; 8 bytes per token."""
-
-    def __init__(self) -> None:
-        self.calls: list[list[list[int]]] = []
-
-    def __call__(self, texts: Sequence[list[int]], before: Sequence[KeysValues | None]) -> list[KeysValues]:
-        self.calls.append([list(text) for text in texts])
-        return [self._continue(text, prefix) for text, prefix in zip(texts, before, strict=True)]
-
-    @staticmethod
-    def _continue(text: list[int], prefix: KeysValues | None) -> KeysValues:
-        new = torch.tensor(text, dtype=torch.float32).reshape(1, 1, -1, 1)
-        whole = torch.cat([prefix.layers[0][0], new], dim=2) if prefix else new
-        return KeysValues(((whole, whole.clone()),))
+def computed(plan: Plan) -> list[list[int]]:
+    """The new tokens of the prefixes that a forward computes."""
+    return [entry.prefix.new_ids.tolist() for entry in plan.missing]
 
 
-def ids(keys_values: KeysValues) -> list[int]:
-    return [int(each) for each in keys_values.layers[0][0].flatten()]
+def slots(cache: PrefixCache, plan: Plan) -> list[list[int]]:
+    """The slots of each sequence's prefix."""
+    return [
+        [] if entry is None else [slot for part in entry.chain for slot in (part.slots if part.slots is not None else [])]
+        for entry in plan.entries
+    ]
 
 
 def test_prefixes_are_computed_once_and_extend_their_parent() -> None:
-    compute = Computed()
-    cache = PrefixCache(max_bytes=2**20, compute=compute)
-    parent = Prefix((1, 2))
-    first, second = Prefix((1, 2, 3), parent), Prefix((1, 2, 4, 5), parent)
-    found = cache.get([first, second, first])
-    assert {key: ids(keys_values) for key, keys_values in found.items()} == {
-        (1, 2, 3): [1, 2, 3],
-        (1, 2, 4, 5): [1, 2, 4, 5],
-    }
-    assert compute.calls == [[[1, 2]], [[3], [4, 5]]]
-    cache.get([second, Prefix((1, 2, 6), parent)])
-    assert compute.calls[2:] == [[[6]]]
+    cache = PrefixCache(slots=100)
+    plan = cache.plan([FIRST, SECOND, None, Prefix((1, 2, 3), Prefix((1, 2)))])
+    assert computed(plan) == [[1, 2], [3], [4, 5]], "equal prefixes of two requests count once"
+    first, second, none, again = slots(cache, plan)
+    assert first == again
+    assert none == []
+    assert first[:2] == second[:2], "both share their parent's slots"
+    assert len({*first, *second}) == 5
+    assert cache.free_slots == 95
+    later = cache.plan([SECOND, Prefix((1, 2, 6), PARENT)])
+    assert computed(later) == [[6]]
+    assert slots(cache, later)[0] == second
     assert cache.computed_tokens == 6
 
 
 def test_least_recently_used_prefix_is_evicted() -> None:
-    compute = Computed()
-    cache = PrefixCache(max_bytes=5 * 8, compute=compute)
-    cache.get([Prefix((1, 2))])
-    cache.get([Prefix((3, 4))])
-    cache.get([Prefix((1, 2))])
-    cache.get([Prefix((5, 6))])
-    assert cache.nbytes <= 5 * 8
-    cache.get([Prefix((1, 2))])
-    assert len(compute.calls) == 3
-    cache.get([Prefix((3, 4))])
-    assert len(compute.calls) == 4
+    cache = PrefixCache(slots=5)
+    for ids in ((1, 2), (3, 4), (1, 2), (5, 6)):
+        cache.plan([Prefix(ids)])
+    assert cache.free_slots == 1
+    assert computed(cache.plan([Prefix((1, 2))])) == []
+    assert computed(cache.plan([Prefix((3, 4))])) == [[3, 4]]
+
+
+def test_prefix_that_another_one_extends_stays() -> None:
+    cache = PrefixCache(slots=4)
+    cache.plan([FIRST])
+    plan = cache.plan([Prefix((7, 8))])
+    assert len(cache) == 2, "the child went, then the parent had no child"
+    assert cache.free_slots == 0
+    assert computed(plan) == [[7, 8]]
+    assert computed(cache.plan([PARENT])) == []
+
+
+def test_prefixes_of_the_same_forward_do_not_evict_each_other() -> None:
+    cache = PrefixCache(slots=3)
+    cache.plan([Prefix((1, 2))])
+    plan = cache.plan([Prefix((3, 4)), Prefix((1, 2)), Prefix((5,))])
+    by_ids = {entry.prefix.ids: entry.slots for entry in plan.entries if entry}
+    assert by_ids[3, 4] is None, "no room, so it is computed for this forward only"
+    assert by_ids[1, 2] is not None
+    assert by_ids[5,] is not None
+    assert computed(plan) == [[5], [3, 4]], "those with slots come first"
+    assert computed(cache.plan([Prefix((3, 4))])) == [[3, 4]]
 
 
 def test_prefix_larger_than_the_cache_is_computed_but_not_stored() -> None:
-    cache = PrefixCache(max_bytes=8, compute=Computed())
-    found = cache.get([Prefix((1, 2, 3))])
-    assert ids(found[1, 2, 3]) == [1, 2, 3]
-    assert cache.nbytes == 0
+    cache = PrefixCache(slots=3)
+    large = Prefix((1, 2, 3, 4, 5, 6), PARENT)
+    plan = cache.plan([large])
+    assert computed(plan) == [[1, 2], [3, 4, 5, 6]]
+    assert computed(cache.plan([large])) == [[3, 4, 5, 6]]
+    child = Prefix((1, 2, 3, 4, 5, 6, 7), large)
+    assert computed(cache.plan([child])) == [[3, 4, 5, 6], [7]], "it extends a prefix that has no slots"
+    assert len(cache) == 1
+    assert cache.free_slots == 1
+
+
+def test_prefixes_of_a_failed_forward_are_lost() -> None:
+    cache = PrefixCache(slots=100)
+    failed = cache.plan([FIRST])
+    queued = cache.plan([SECOND, FIRST])
+    unrelated = cache.plan([Prefix((8,))])
+    assert not queued.has_lost
+    cache.drop(failed)
+    assert queued.has_lost, "it reads the parent that was not computed"
+    assert not unrelated.has_lost
+    assert len(cache) == 1, "what extends a lost prefix is lost, too"
+    assert cache.free_slots == 99
+    again = cache.plan([FIRST, SECOND])
+    assert computed(again) == [[1, 2], [3], [4, 5]]
+    cache.drop(queued)
+    assert not again.has_lost
+    assert computed(cache.plan([FIRST, SECOND])) == [], "its prefixes are not those of the failed forward"
+    assert cache.free_slots == 94

@@ -276,7 +276,25 @@ def test_values_are_json() -> None:
     assert found["dtype"] == ("float16", "environment FLUX_DTYPE")
     found = sources(RerankSettings, {"gpu_groups": "0,1;2,3"})
     assert found["gpu_groups"] == ([[0, 1], [2, 3]], "config.pbtxt")
-    assert found["compiled"] == (False, "default")
+    assert found["compiled"] == ("auto", "default")
+    found = sources(RerankSettings, RERANK_COMPILE="false")
+    assert found["compiled"] == (False, "environment RERANK_COMPILE")
+
+
+@pytest.mark.parametrize(
+    ("given", "on_cpu", "on_gpu"),
+    [
+        ({}, False, True),
+        ({"compiled": "auto"}, False, True),
+        ({"compiled": "true"}, True, True),
+        ({"compiled": False}, False, False),
+        ({"dtype": "int8"}, False, False),
+        ({"engine": "vllm"}, False, True),
+    ],
+)
+def test_model_is_compiled_on_gpus_unless_set(given: dict[str, Any], on_cpu: bool, on_gpu: bool) -> None:
+    settings = RerankSettings.model_validate({"model_path": "unused", **given})
+    assert (settings.compiles("cpu"), settings.compiles("cuda:0")) == (on_cpu, on_gpu)
 
 
 @pytest.mark.parametrize(("device", "tokens"), [("cpu", 128), ("cuda:0", 4_096)])

@@ -10,7 +10,8 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from typing import cast
+from dataclasses import dataclass
+from typing import NamedTuple, cast
 
 import torch
 
@@ -21,11 +22,12 @@ from genserve_backend.rerank.report import Reporter
 from genserve_backend.rerank.request import RerankResult
 from genserve_backend.rerank.score_cache import Score, ScoreCache
 from genserve_backend.rerank.scorers.base import Scorer
+from genserve_backend.rerank.scorers.pending import Pending
 from genserve_backend.rerank.state import BatchItem, RequestState
 from genserve_backend.rerank.tokenization import CacheHits, Tokenization, Tokenized
 from genserve_backend.settings import RerankSettings
 from genserve_backend.worker.engine import Emit, Inbox, Job
-from genserve_backend.worker.isolate import isolate
+from genserve_backend.worker.isolate import attempt, isolate
 from genserve_backend.worker.messages import Cancel, Grant, Submit
 from genserve_backend.worker.scheduling import GrantCounter
 
@@ -64,6 +66,10 @@ class RerankEngine:
         self._tokenization = Tokenization(scorer, score_cache, self._inbox.put)
         self._grants = GrantCounter()
         self._states: dict[int, RequestState] = {}
+        self._launched: Launched | None = None
+        """The forward whose outputs are not read yet. Only a GPU has one between two turns."""
+        self._outputs_read = 0.0
+        """When the last outputs were read, on the clock of time.monotonic()."""
 
     def submit(self, submit: Submit) -> None:
         """Accept a request. Its tokenization starts at once, alongside the current forward."""
@@ -87,9 +93,14 @@ class RerankEngine:
 
     @torch.inference_mode()
     def turn(self) -> None:
-        """Receive messages, run one forward, send results and report. Wait for a message if there is no work."""
+        """Receive messages, run one forward, send results and report. Wait for a message if there is no work.
+
+        A GPU gets the next forward before the outputs of the last one are read, so that it never waits for the host.
+        It is never more than one forward ahead: urgent requests would have to wait for those.
+        """
         self._grant()
-        self._receive(wait=not any(state.waiting for state in self._states.values()))
+        has_work = self._launched is not None or any(state.waiting for state in self._states.values())
+        self._receive(wait=not has_work)
         self._drop_stopped()
         batch = choose(
             self._states.values(),
@@ -98,8 +109,13 @@ class RerankEngine:
             max_num_batched_tokens=self._max_num_batched_tokens,
             padded=not self._scorer.packs,
         )
-        if batch:
-            self._step(batch)
+        before, self._launched = self._launched, self._launch(batch) if batch else None
+        if before:
+            self._read(before)
+        if self._launched and self._launched.is_done:
+            self._read(self._launched)
+            self._launched = None
+        if batch or before:
             self._receive(wait=False)  # perhaps the end of a request's sequences
         for state in list(self._states.values()):
             if state.is_scored:
@@ -152,28 +168,44 @@ class RerankEngine:
             if error := state.job.stop_reason():
                 self._fail(state, error)
 
-    def _step(self, batch: Sequence[BatchItem]) -> None:
-        """Run a forward for `batch` and store the outputs."""
+    def _launch(self, batch: Sequence[BatchItem]) -> Launched:
+        """Start a forward for `batch`."""
         started = time.monotonic()
         for state in {item.state for item in batch if not item.state.has_started}:
             state.started = started
             self._reporter.started(started - state.job.arrived)
-        computed, reused = self._scorer.prefix_tokens_computed, self._scorer.prefix_tokens_reused
-        outputs, failed = isolate(self._forward, batch, name=lambda item: item.name)
+        before = PrefixTokens.of(self._scorer)
+        result = attempt(self._start_forward, batch)
+        return Launched(batch, started, result, PrefixTokens.of(self._scorer).since(before))
+
+    def _read(self, launched: Launched) -> None:
+        """Wait for the outputs of a forward and store them. If it has failed, repeat it in halves."""
+        remaining = [launched.outputs]
+
+        def forward(batch: Sequence[BatchItem]) -> Sequence[torch.Tensor]:
+            if remaining:
+                return remaining.pop()()
+            return self._start_forward(batch).outputs().unbind()
+
+        before = PrefixTokens.of(self._scorer)
+        outputs, failed = isolate(forward, launched.batch, name=lambda item: item.name)
+        repeated = PrefixTokens.of(self._scorer).since(before)
+        now = time.monotonic()
         self._reporter.stepped(
-            batch,
-            seconds=time.monotonic() - started,
+            launched.batch,
+            seconds=now - max(launched.started, self._outputs_read),
             padded=not self._scorer.packs,
-            prefix_tokens_computed=self._scorer.prefix_tokens_computed - computed,
-            prefix_tokens_reused=self._scorer.prefix_tokens_reused - reused,
+            prefix_tokens_computed=launched.prefix_tokens.computed + repeated.computed,
+            prefix_tokens_reused=launched.prefix_tokens.reused + repeated.reused,
         )
+        self._outputs_read = now
         for item, error in failed.items():
             self._fail(item.state, error)
         for item, output in outputs.items():
             item.state.add_output(item, output)
 
-    def _forward(self, batch: Sequence[BatchItem]) -> Sequence[torch.Tensor]:
-        return self._scorer.forward([item.sequence for item in batch]).unbind()
+    def _start_forward(self, batch: Sequence[BatchItem]) -> Pending:
+        return self._scorer.launch([item.sequence for item in batch])
 
     def _finish(self, state: RequestState) -> None:
         """Send the result of a request whose sequences all have their outputs."""
@@ -219,6 +251,50 @@ class RerankEngine:
 
     def _forget(self, state: RequestState) -> None:
         del self._states[state.job.id]
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A forward whose outputs are not read yet."""
+
+    batch: Sequence[BatchItem]
+    started: float
+    """On the clock of time.monotonic()."""
+    result: Pending | Exception
+    """The exception, if not even the launch succeeded."""
+    prefix_tokens: PrefixTokens
+    """Those of the launch."""
+
+    @property
+    def is_done(self) -> bool:
+        """True if reading its outputs does not wait for a device."""
+        return isinstance(self.result, Exception) or self.result.is_done
+
+    def outputs(self) -> Sequence[torch.Tensor]:
+        """Wait for the outputs and return them, one per item.
+
+        Raises:
+            Exception: The launch has failed, or the forward.
+        """
+        if isinstance(self.result, Exception):
+            raise self.result
+        return self.result.outputs().unbind()
+
+
+class PrefixTokens(NamedTuple):
+    """A scorer's counters of prefix tokens."""
+
+    computed: int
+    reused: int
+
+    @classmethod
+    def of(cls, scorer: Scorer) -> PrefixTokens:
+        """Return the present values."""
+        return cls(scorer.prefix_tokens_computed, scorer.prefix_tokens_reused)
+
+    def since(self, before: PrefixTokens) -> PrefixTokens:
+        """Return the difference from earlier values."""
+        return PrefixTokens(self.computed - before.computed, self.reused - before.reused)
 
 
 def _not_a_number(documents: Sequence[int], count: int) -> ServerError:

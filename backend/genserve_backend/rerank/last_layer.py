@@ -66,13 +66,13 @@ def _forward_for(layer: nn.Module) -> Callable[..., Tensor]:
 def _other(layer: Any, hidden: Tensor, *args: Any, packing: Packing, **kwargs: Any) -> Tensor:
     """Run the whole layer and select the output positions."""
     whole: Tensor = layer(hidden, *args, packing=packing, **kwargs)
-    return whole[:, packing.output_positions]
+    return whole.index_select(1, packing.output_positions)
 
 
 def _bert(layer: Any, hidden: Tensor, *_: Any, packing: Packing, **__: Any) -> Tensor:
     """Run a BertLayer or a derived layer: normalization after each half."""
     attention = layer.attention.self
-    selected = hidden[:, packing.output_positions]
+    selected = hidden.index_select(1, packing.output_positions)
     query, key, value = (
         project(states).unflatten(-1, (attention.num_attention_heads, -1)).transpose(1, 2)
         for project, states in ((attention.query, selected), (attention.key, hidden), (attention.value, hidden))
@@ -94,7 +94,7 @@ def _llama(
 ) -> Tensor:
     """Run a Qwen3DecoderLayer or another of Llama's family: normalization before each half, rotary positions."""
     attention = layer.self_attn
-    residual = hidden[:, packing.output_positions]
+    residual = hidden.index_select(1, packing.output_positions)
     hidden = layer.input_layernorm(hidden)
     cosines, sines = position_embeddings
     rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb
@@ -104,10 +104,11 @@ def _llama(
         normed: Tensor = getattr(attention, norm, nn.Identity())(split)
         return normed.transpose(1, 2)
 
-    query = heads(attention.q_proj, "q_norm", hidden[:, packing.output_positions])
+    query = heads(attention.q_proj, "q_norm", hidden.index_select(1, packing.output_positions))
     key = heads(attention.k_proj, "k_norm", hidden)
     value = heads(attention.v_proj, "", hidden)
-    query, _ = rotate(query, query, cosines[:, packing.output_positions], sines[:, packing.output_positions])
+    at_output = (each.index_select(1, packing.output_positions) for each in (cosines, sines))
+    query, _ = rotate(query, query, *at_output)
     key, _ = rotate(key, key, cosines, sines)
     attended = packed_attention(
         attention,
@@ -117,12 +118,19 @@ def _llama(
         None,
         packing=packing,
         scaling=attention.scaling,
-        sliding_window=getattr(attention, "sliding_window", None),
+        sliding_window=sliding_window(attention),
         one_position=True,
     )[0]
     residual = residual + attention.o_proj(attended.flatten(2))
     result: Tensor = residual + layer.mlp(layer.post_attention_layernorm(residual))
     return result
+
+
+def sliding_window(attention: Any) -> int | None:
+    """Return the window of an attention of Llama's family: the layer's own or, in Mistral, the model's."""
+    of_mistral = attention.config.sliding_window if attention.config.model_type == "mistral" else None
+    window: int | None = getattr(attention, "sliding_window", of_mistral)
+    return window
 
 
 def _modern_bert(
@@ -142,7 +150,7 @@ def _modern_bert(
     query, key = rotate(query, key, cosines, sines, unsqueeze_dim=1)
     attended = packed_attention(
         attention,
-        query[:, :, packing.output_positions],
+        query.index_select(2, packing.output_positions),
         key,
         value,
         None,
@@ -151,6 +159,6 @@ def _modern_bert(
         sliding_window=attention.sliding_window,
         one_position=True,
     )[0]
-    residual = hidden[:, packing.output_positions] + attention.Wo(attended.flatten(2))
+    residual = hidden.index_select(1, packing.output_positions) + attention.Wo(attended.flatten(2))
     result: Tensor = residual + layer.mlp(layer.mlp_norm(residual))
     return result

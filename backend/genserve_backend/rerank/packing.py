@@ -47,3 +47,12 @@ def compile_model(model: Any) -> None:
         if isinstance(part, LastLayer):
             part.forward = disable(part.forward)  # type: ignore[method-assign]
     model.compile(dynamic=True)
+
+
+def uncompile_model(model: Any) -> None:
+    """Undo `compile_model`."""
+    AttentionInterface.register(PACKED, packed_attention)
+    for part in model.modules():
+        if isinstance(part, LastLayer):
+            part.__dict__.pop("forward", None)
+    model._compiled_call_impl = None

@@ -22,6 +22,7 @@ ALLOCATION_FAILED = re.compile(r"CUDA error: out of memory|CU(BLAS|DNN)_STATUS_\
 
 Item = TypeVar("Item", bound=Hashable)
 Result = TypeVar("Result")
+Outcome = TypeVar("Outcome")
 
 
 class DeviceLost(Exception):
@@ -45,7 +46,7 @@ def isolate(
     Raises:
         DeviceLost: The device has failed for good.
     """
-    failure = _try(work, items)
+    failure = attempt(work, items)
     if not isinstance(failure, Exception):
         return dict(zip(items, failure, strict=True)), {}
     # Outside the except clause, because an exception that is being handled keeps the tensors in its frames alive.
@@ -71,7 +72,12 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and ALLOCATION_FAILED.search(str(error)) is not None
 
 
-def _try(work: Callable[[Sequence[Item]], Sequence[Result]], items: Sequence[Item]) -> Sequence[Result] | Exception:
+def attempt(work: Callable[[Sequence[Item]], Outcome], items: Sequence[Item]) -> Outcome | Exception:
+    """Return the result of `work`, or its exception, which keeps no tensors alive unless it is about a single item.
+
+    Raises:
+        DeviceLost: The device has failed for good.
+    """
     try:
         return work(items)
     except DeviceLost:

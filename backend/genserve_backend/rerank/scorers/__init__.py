@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from genserve_backend.checkpoints import CheckpointError
 from genserve_backend.devices import resolve_dtype
+from genserve_backend.logs import log
 from genserve_backend.matrices import has_int8
 from genserve_backend.rerank.checkpoint import Kind, RerankCheckpoint
 from genserve_backend.rerank.scorers.base import Scorer, TorchScorer
@@ -14,6 +17,8 @@ from genserve_backend.rerank.scorers.causal import Causal
 from genserve_backend.rerank.scorers.cross_encoder import CrossEncoder
 from genserve_backend.rerank.scorers.vllm import VllmCausal
 from genserve_backend.settings import RerankSettings
+
+logger = logging.getLogger(__name__)
 
 SCORERS: dict[Kind, type[TorchScorer]] = {
     "bi-encoder": BiEncoder,
@@ -45,10 +50,29 @@ def build_scorer(checkpoint: RerankCheckpoint, settings: RerankSettings, device:
         max_length=limit,
         dtype=resolve_dtype(settings.dtype, device),
         int8=int8,
-        compiled=settings.compiled,
+        compiled=settings.compiles(device),
         device=target,
         prefix_cache_bytes=settings.prefix_cache_bytes,
     )
-    if settings.compiled:
-        scorer.warm_up(settings.token_budget(device))
+    if scorer.compiled:
+        _warm_up(scorer, settings.token_budget(device))
     return scorer
+
+
+def _warm_up(scorer: TorchScorer, tokens: int) -> None:
+    """Compile the model; if that fails, log a warning and run it without."""
+    try:
+        scorer.warm_up(tokens)
+    except torch.AcceleratorError:
+        raise  # the device rejects all further work
+    except Exception as error:
+        scorer.stop_compiling()
+        reason = str(error).strip().partition("\n")[0]
+        log(
+            logger,
+            logging.WARNING,
+            "the model runs without torch.compile",
+            error=type(error).__name__,
+            reason=reason,
+            setting="RERANK_COMPILE",
+        )

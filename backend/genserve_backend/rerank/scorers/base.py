@@ -10,21 +10,29 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, ClassVar, TypedDict
 
 import torch
 from typing_extensions import Unpack
 
-from genserve_backend.devices import wait_for_stream
+from genserve_backend.devices import copy_back
 from genserve_backend.matrices import use_int8_matrices, use_packed_matrices
-from genserve_backend.rerank.attention import KeysValues, Packing, choose_kernels
+from genserve_backend.rerank.attention import choose_kernels
 from genserve_backend.rerank.checkpoint import RerankCheckpoint, first_position
-from genserve_backend.rerank.packing import can_pack, compile_model, prepare_packing
-from genserve_backend.rerank.prefix import PrefixCache
+from genserve_backend.rerank.decoder import can_fuse
+from genserve_backend.rerank.packing import can_pack, compile_model, prepare_packing, uncompile_model
+from genserve_backend.rerank.prefix import Plan, Prefix, PrefixCache
+from genserve_backend.rerank.prefix_store import PrefixStore, Shape
 from genserve_backend.rerank.request import RerankRequest
-from genserve_backend.rerank.scorers.layouts import Layout, Packed, Padded, TokenSequence
+from genserve_backend.rerank.scorers.layouts import Layout, Packed, Padded, TokenSequence, packed_ids
+from genserve_backend.rerank.scorers.pending import Pending
 from genserve_backend.rerank.scorers.pretrained import load_model, load_tokenizer, pad_id
 from genserve_backend.rerank.sentence_transformers import Pooling
+
+
+PROBED_PREFIX = 3
+"""Tokens of a prefix with which the forwards are warmed up."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +45,10 @@ class Slice:
     """Characters of the documents that they were made from."""
     query_truncated: bool = False
     """True if the query itself was cut."""
+
+
+class PrefixLost(RuntimeError):
+    """A forward used a prefix that an earlier one failed to compute."""
 
 
 class Placement(TypedDict):
@@ -87,6 +99,14 @@ class Scorer(ABC):
             torch.OutOfMemoryError: The batch does not fit into the device's memory.
         """
 
+    def launch(self, batch: Sequence[TokenSequence]) -> Pending:
+        """Start `forward` and return its result, which a device may still be working on.
+
+        Raises:
+            torch.OutOfMemoryError: The batch does not fit into the device's memory.
+        """
+        return Pending(self.forward(batch))
+
     @abstractmethod
     def scores(self, outputs: torch.Tensor) -> torch.Tensor:
         """Turn the outputs of one request, in the order of its sequences, into float32 [documents] in 0 to 1."""
@@ -128,16 +148,26 @@ class TorchScorer(Scorer):
         )
         self.packs = can_pack(self.model)
         choose_kernels(self.device, dtype)
-        if self.packs:
+        self._first_position = first_position(self.model.config)
+        self._fuses = self.packs and self.causal and can_fuse(self.model, self.device)
+        """True if the subclass replaces the model by a `PackedDecoder`."""
+        self.compiled = placement["compiled"]
+        """True if parts of the model are compiled. See `stop_compiling`."""
+        if self.packs and not self._fuses:
             prepare_packing(self.model, one_position=self._one_position)
-        if placement["compiled"]:
+        if self.compiled and not self._fuses:
             compile_model(self.model.base_model)
         elif placement["int8"]:
             use_int8_matrices(self.model.base_model)
-        else:
+        elif not self._fuses:
             use_packed_matrices(self.model.base_model)
-        self._prefixes = PrefixCache(max_bytes=placement["prefix_cache_bytes"], compute=self._compute_prefixes)
-        """Used only by causal models."""
+        self._prefixes = PrefixCache(slots=0)
+        self._store: PrefixStore | None = None
+        if self.packs and self.causal:
+            shape = Shape.of(self.model.config, dtype)
+            slots = placement["prefix_cache_bytes"] // shape.nbytes
+            self._prefixes = PrefixCache(slots=slots)
+            self._store = PrefixStore(shape, slots=slots, device=self.device)
 
     @property
     @abstractmethod
@@ -150,18 +180,39 @@ class TorchScorer(Scorer):
 
     def forward(self, batch: Sequence[TokenSequence]) -> torch.Tensor:
         """Return the outputs of sequences, packed if the model supports it."""
-        with torch.inference_mode():
-            layout = self._lay_out(batch)
-            types = {"token_type_ids": layout.type_ids} if self._takes_types else {}
-            outputs = self.outputs(layout, layout.inputs | types).float()
-            wait_for_stream(self.device)
-            return outputs.cpu()
+        return self.launch(batch).outputs()
+
+    def launch(self, batch: Sequence[TokenSequence]) -> Pending:
+        """Queue a forward on the device. Nothing in it waits for a value."""
+        plan = self._prefixes.plan([sequence.prefix for sequence in batch] if self.packs else [])
+        try:
+            with torch.inference_mode():
+                layout = self._lay_out(batch, plan)
+                types = {"token_type_ids": layout.type_ids} if self._takes_types else {}
+                # The outputs of missing prefixes come last.
+                outputs, event = copy_back(self.outputs(layout, layout.inputs | types)[: len(batch)].float())
+        except BaseException:
+            self._prefixes.drop(plan)
+            raise
+        return _PendingForward(outputs, event, prefixes=self._prefixes, plan=plan)
 
     def warm_up(self, tokens: int) -> None:
-        """Run forwards of one and of several sequences, up to `tokens` tokens: compilation then delays no request."""
-        for lengths in ((tokens // 8,), (2, 3), (tokens // 2, tokens // 4, tokens // 8)):
-            sequences = [[self.pad] * max(2, min(length, self.max_length)) for length in lengths]
-            self.forward([TokenSequence(ids, [0] * len(ids), None) for ids in sequences])
+        """Run forwards of one and of several sequences, up to `tokens` tokens: compilation then delays no request.
+
+        The sizes differ, so that torch learns which vary, and with them the forwards repeat, with and without a prefix.
+        """
+        prefixes = (None, Prefix((self.pad,) * PROBED_PREFIX)) if self._store else (None,)
+        for prefix, lengths in product(
+            prefixes, ((tokens // 8,), (2, 3), (tokens // 2, tokens // 4, tokens // 8), (tokens // 16,))
+        ):
+            before = len(prefix.ids) if prefix else 0
+            sequences = [[self.pad] * (before + max(2, min(length, self.max_length - before))) for length in lengths]
+            self.forward([TokenSequence(ids, [], None, prefix=prefix) for ids in sequences])
+
+    def stop_compiling(self) -> None:
+        """Run the model without torch.compile from now on."""
+        self.compiled = False
+        uncompile_model(self.model.base_model)
 
     @property
     def prefix_tokens_computed(self) -> int:
@@ -172,27 +223,39 @@ class TorchScorer(Scorer):
     def _one_position(self) -> bool:
         return self.pooling in ("cls", "lasttoken")
 
-    def _lay_out(self, batch: Sequence[TokenSequence]) -> Layout:
+    def _lay_out(self, batch: Sequence[TokenSequence], plan: Plan) -> Layout:
         if not self.packs:
             return Padded(batch, pad=self.pad, causal=self.causal, device=self.device)
-        prefixes = [sequence.prefix for sequence in batch]
-        cached = self._prefixes.get(prefix for prefix in prefixes if prefix)
-        return self._pack(batch, [cached[prefix.ids] if prefix else None for prefix in prefixes])
-
-    def _pack(
-        self, batch: Sequence[TokenSequence], prefixes: Sequence[KeysValues | None], *, capture: bool = False
-    ) -> Packed:
-        lengths = [sequence.length for sequence in batch]
+        lengths = list(map(len, packed_ids(batch, plan)))
         return Packed(
             batch,
-            Packing(lengths, last=self.pooling == "lasttoken", prefixes=prefixes, capture=capture),
-            first_position=first_position(self.model.config),
+            last=self.pooling == "lasttoken",
+            plan=plan,
+            placed=self._store.place(plan, lengths) if self._store else None,
+            first_position=self._first_position,
             one_position=self._one_position,
+            types=self._takes_types,
             device=self.device,
         )
 
-    def _compute_prefixes(self, texts: Sequence[list[int]], prefixes: Sequence[KeysValues | None]) -> list[KeysValues]:
-        """Return the keys and values of token ids, preceded by those of the prefixes that they continue."""
-        layout = self._pack([TokenSequence(ids, [], None) for ids in texts], prefixes, capture=True)
-        self.outputs(layout, layout.inputs)
-        return [layout.packing.keys_values(index) for index in range(len(texts))]
+
+class _PendingForward(Pending):
+    """The outputs of a `TorchScorer`, which depend on the forward that has computed their prefixes."""
+
+    def __init__(
+        self, outputs: torch.Tensor, event: torch.cuda.Event | None, *, prefixes: PrefixCache, plan: Plan
+    ) -> None:
+        super().__init__(outputs, event)
+        self._prefixes = prefixes
+        self._plan = plan
+
+    def outputs(self) -> torch.Tensor:
+        """Wait for the outputs. If the forward has failed, forget the prefixes that it was to compute."""
+        try:
+            found = super().outputs()
+            if self._plan.has_lost:
+                raise PrefixLost("the forward that was to compute a prefix has failed")
+        except BaseException:
+            self._prefixes.drop(self._plan)
+            raise
+        return found

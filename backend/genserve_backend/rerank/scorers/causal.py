@@ -11,6 +11,7 @@ from typing_extensions import Unpack
 
 from genserve_backend.rerank.checkpoint import RerankCheckpoint
 from genserve_backend.rerank.request import RerankRequest
+from genserve_backend.rerank.decoder import PackedDecoder
 from genserve_backend.rerank.scorers.base import Placement, Slice, TorchScorer
 from genserve_backend.rerank.scorers.layouts import Layout
 from genserve_backend.rerank.scorers.prompts import Prompts
@@ -42,11 +43,23 @@ class Causal(TorchScorer):
         self._bias = None if head.bias is None else head.bias.detach()[answers].float()
         # Drop the head: with a large vocabulary it takes a good part of a small model's memory.
         self.model = self.model.base_model
+        if self._fuses:
+            self.model = PackedDecoder(self.model)
+            if self.compiled:
+                self.model.compile_parts()
 
     @property
     def pooling(self) -> Pooling:
         """The last token: the answer would follow it."""
         return "lasttoken"
+
+    def stop_compiling(self) -> None:
+        """Run the model without torch.compile from now on."""
+        if isinstance(self.model, PackedDecoder):
+            self.compiled = False
+            self.model.uncompile_parts()
+        else:
+            super().stop_compiling()
 
     def tokenize(self, request: RerankRequest) -> Iterator[Slice]:
         """Yield a prompt for each window of each document."""

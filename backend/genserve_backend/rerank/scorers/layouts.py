@@ -7,16 +7,18 @@ Padded: one batch row per sequence, padded to the longest, for all others.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from genserve_backend.devices import copy_together
+from genserve_backend.devices import copy_arrays
 from genserve_backend.rerank.attention import Packing
-from genserve_backend.rerank.prefix import Prefix
+from genserve_backend.rerank.prefix import Plan, Prefix
+from genserve_backend.rerank.prefix_store import PlacedPrefixes
 from genserve_backend.rerank.sentence_transformers import Pooling
 
 
@@ -27,7 +29,7 @@ class TokenSequence:
     ids: list[int]
     """Token ids, including special tokens; never empty."""
     type_ids: list[int]
-    """The segment of each token, for models with segments."""
+    """The segment of each token, for models with segments; empty if all are 0."""
     document: int | None
     """The index of its document; None for the query alone."""
     truncated: bool = False
@@ -35,15 +37,17 @@ class TokenSequence:
     prefix: Prefix | None = None
     """A shorter beginning of `ids` that other sequences share."""
 
-    @property
-    def new_ids(self) -> list[int]:
-        """The tokens after the prefix, which a forward computes."""
-        return self.ids[len(self.prefix.ids) :] if self.prefix else self.ids
+    new_ids: NDArray[np.int32] = field(init=False, repr=False, compare=False)
+    """int32: the tokens after the prefix, which a forward computes. The thread that tokenizes makes this array."""
+
+    def __post_init__(self) -> None:
+        start = len(self.prefix.ids) if self.prefix else 0
+        object.__setattr__(self, "new_ids", np.array(self.ids[start:], dtype=np.int32))
 
     @property
     def length(self) -> int:
         """The number of `new_ids`."""
-        return len(self.ids) - (len(self.prefix.ids) if self.prefix else 0)
+        return len(self.new_ids)
 
     @property
     def name(self) -> str:
@@ -82,7 +86,9 @@ class Padded:
         width = max(lengths)
         ids = _pad([sequence.ids for sequence in batch], width, pad)
         type_ids = _pad([sequence.type_ids for sequence in batch], width, 0)
-        self._lengths, *padded = copy_together([lengths, ids, type_ids], device)
+        moved = copy_arrays([np.array(lengths, dtype=np.int32), ids, type_ids], device)
+        # Some of transformers' models accept no other indices than int64.
+        self._lengths, *padded = (each.long() for each in moved)
         self._ids, self.type_ids = (each.view(len(batch), width) for each in padded)
         self._mask = torch.arange(width, device=device) < self._lengths.unsqueeze(1)
         self._causal = causal
@@ -107,40 +113,56 @@ class Padded:
 class Packed:
     """All tokens in one batch row, for a model that `prepare_packing` has prepared.
 
+    The tokens of missing prefixes follow those of the sequences.
+
     Args:
         batch: At least one sequence.
-        packing: The boundaries of the sequences.
+        last: Whether the output position of a sequence is its last token; otherwise it is the first.
+        plan: The prefixes of the sequences, and those that the forward has to compute.
+        placed: Their places; None if no sequence has a prefix.
         first_position: The position of a sequence's first token.
         one_position: Whether the model's last layer computes only one position of each sequence.
+        types: Whether the model has segments.
         device: The model's device.
     """
 
     def __init__(
         self,
         batch: Sequence[TokenSequence],
-        packing: Packing,
         *,
+        last: bool,
+        plan: Plan,
+        placed: PlacedPrefixes | None,
         first_position: int,
         one_position: bool,
+        types: bool,
         device: torch.device,
     ) -> None:
-        ids = list(chain.from_iterable(sequence.new_ids for sequence in batch))
+        new_ids = packed_ids(batch, plan)
+        lengths = [len(ids) for ids in new_ids]
+        before = placed.prefix_lengths if placed else [0] * len(lengths)
+        packing = Packing(lengths, last=last, key_lengths=[sum(pair) for pair in zip(before, lengths, strict=True)])
         # Only causal models have prefixes, and they have no segments.
-        type_ids = list(chain.from_iterable(sequence.type_ids for sequence in batch))
-        positions = chain.from_iterable(
-            range(first_position + before, first_position + before + length)
-            for before, length in zip(map(packing.prefix_length, range(len(batch))), packing.lengths, strict=True)
-        )
-        moved = copy_together([ids, type_ids, list(positions), *packing.index_lists], device)
+        type_ids = [_types(sequence) for sequence in batch] if types else [_NONE]
+        positions = [
+            np.arange(first_position + start, first_position + start + length, dtype=np.int32)
+            for start, length in zip(before, lengths, strict=True)
+        ]
+        host = [np.concatenate(each) for each in (new_ids, type_ids, positions)]
+        host += packing.index_arrays
+        moved = copy_arrays([*host, *(placed.index_arrays if placed else [])], device)
         self._ids, self.type_ids, self._positions = (each[None] for each in moved[:3])
-        packing.set_indices(*moved[3:])
+        packing.set_indices(*moved[3 : len(host)])
+        if placed:
+            packing.prefix_rows = placed.on_device(*moved[len(host) :])
         self.packing = packing
         self._one_position = one_position
 
     @property
     def inputs(self) -> dict[str, Any]:
         """The arguments of the model's forward, without segments."""
-        return {"input_ids": self._ids, "position_ids": self._positions, "packing": self.packing}
+        # BERT gathers by position, which takes int64 alone.
+        return {"input_ids": self._ids, "position_ids": self._positions.long(), "packing": self.packing}
 
     def pool(self, hidden: Tensor, mode: Pooling) -> Tensor:
         """Pool ``[1, tokens, width]``, or ``[sequences, 1, width]``, to ``[sequences, width]``."""
@@ -151,6 +173,23 @@ class Packed:
         return torch.segment_reduce(hidden[0], reduce, lengths=self.packing.tokens, unsafe=True)
 
 
-def _pad(sequences: Sequence[list[int]], width: int, filler: int) -> list[int]:
+def packed_ids(batch: Sequence[TokenSequence], plan: Plan) -> list[NDArray[np.int32]]:
+    """Return the tokens that a packed forward computes: those of the sequences, then those of missing prefixes."""
+    return [*(sequence.new_ids for sequence in batch), *(entry.prefix.new_ids for entry in plan.missing)]
+
+
+def _types(sequence: TokenSequence) -> NDArray[np.int32]:
+    if not sequence.type_ids:
+        return np.zeros(len(sequence.ids), dtype=np.int32)
+    return np.array(sequence.type_ids, dtype=np.int32)
+
+
+def _pad(sequences: Sequence[list[int]], width: int, filler: int) -> NDArray[np.int32]:
     """Return the sequences padded to `width`, one after another."""
-    return list(chain.from_iterable(ids + [filler] * (width - len(ids)) for ids in sequences))
+    padded = np.full((len(sequences), width), filler, dtype=np.int32)
+    for row, ids in zip(padded, sequences, strict=True):
+        row[: len(ids)] = ids
+    return padded.reshape(-1)
+
+
+_NONE = np.zeros(0, dtype=np.int32)

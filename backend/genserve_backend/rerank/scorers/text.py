@@ -52,6 +52,17 @@ def one_text(tokenizer: Any, text: str) -> list[int]:
     return ids
 
 
+def ends_word(tokenizer: Any, text: str, following: str) -> bool:
+    """Return whether a fast tokenizer's words, which no token spans, end between `text` and `following`."""
+    backend = tokenizer.backend_tokenizer
+    if backend.pre_tokenizer is None:
+        return False
+    texts = (text + following, following)
+    whole, after = (backend.normalizer.normalize_str(each) if backend.normalizer else each for each in texts)
+    starts = (start for _, (start, _) in backend.pre_tokenizer.pre_tokenize_str(whole))
+    return bool(whole.endswith(after)) and len(whole) - len(after) in starts
+
+
 def windows(ids: list[int], room: int, *, at_most: int) -> list[tuple[list[int], bool]]:
     """Split a text that is too long into overlapping windows.
 
