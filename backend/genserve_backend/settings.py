@@ -96,8 +96,8 @@ class FluxSettings(ModelSettings):
     dtype: Annotated[DType, Env("FLUX_DTYPE")] = "auto"
     """dtype of the weights; auto is bfloat16 on a GPU and float32 on a CPU."""
     cache_method: Annotated[CacheMethod, Env("FLUX_CACHE")] = "magcache"
-    """Method of skipping steps for requests with CACHE. magcache decides by the checkpoint's ratios, without waiting for
-    the device; first-block by the change of the first block's output, and needs no ratios."""
+    """Method of skipping steps for requests with CACHE: magcache decides by the checkpoint's ratios, first-block by the
+    change of the first block's output."""
     max_pixels: Annotated[int, Env("MAX_PIXELS")] = Field(default=2048 * 2048, ge=64 * 64, le=2**28)
     """Limit on HEIGHT times WIDTH, in pixels."""
     max_running: Annotated[int, Env("FLUX_MAX_RUNNING")] = Field(default=16, ge=1, le=1024)

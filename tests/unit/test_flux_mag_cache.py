@@ -123,8 +123,19 @@ def test_calibration_equals_diffusers(tmp_path: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "{}", '{"ratios": []}', '{"ratios": [1, "2"]}', '{"ratios": [1, -1]}', '{"ratios": [NaN]}', '{"ratios": 1}']
-    + ['{"ratios": [1, true]}', '{"ratios": [1e999]}', '{"ratios": {"0": 1}}'],
+    [
+        "",
+        "[]",
+        "{}",
+        '{"ratios": []}',
+        '{"ratios": [1, "2"]}',
+        '{"ratios": [1, -1]}',
+        '{"ratios": [NaN]}',
+        '{"ratios": 1}',
+        '{"ratios": [1, true]}',
+        '{"ratios": [1e999]}',
+        '{"ratios": {"0": 1}}',
+    ],
 )
 def test_damaged_ratios_are_named(folder: Path, content: str) -> None:
     path = folder / MAG_RATIOS_FILE

@@ -67,7 +67,9 @@ class Recorder:
 
 
 def _ratio(now: Residual, before: Residual) -> torch.Tensor:
-    return (now.blocks.float().norm(dim=-1) / (before.blocks.float().norm(dim=-1) + EPSILON)).mean()
+    norm, norm_before = (torch.linalg.vector_norm(each.blocks.float(), dim=-1) for each in (now, before))
+    ratio: torch.Tensor = (norm / (norm_before + EPSILON)).mean()
+    return ratio
 
 
 def calibrate(checkpoint: FluxCheckpoint, requests: Sequence[FluxRequest], *, device: str, dtype: str) -> list[float]:

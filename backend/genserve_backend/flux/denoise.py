@@ -107,7 +107,7 @@ class Denoiser:
             previous.synchronize()
 
     def _velocities(self, batch: Batch) -> tuple[torch.Tensor, BlocksOutput]:
-        """Return the velocity of each image, ``[images, tokens, 64]``, with guidance applied, and the blocks' output."""
+        """Return the velocities with guidance applied, ``[images, tokens, 64]``, and the blocks' output."""
         forward = self._forward
         image = forward.embed_image(batch.expand(batch.latents))
         conditioning = forward.embed_conditioning(

@@ -1,7 +1,7 @@
 """The transformer's forward in parts: embedders, blocks and head.
 
-Together they are the forward of diffusers' ``FluxTransformer2DModel``: the same operators in the same order. Apart, they
-let the blocks run for some rows of a batch, and the embedders and the head for all of them.
+Together they are the forward of diffusers' ``FluxTransformer2DModel``: the same operators in the same order. Apart,
+they let the blocks run for some rows of a batch, and the embedders and the head for all of them.
 """
 
 from __future__ import annotations
