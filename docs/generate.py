@@ -74,6 +74,11 @@ INPUTS: dict[str, dict[str, Row]] = {
         "STEPS": (f"1 to {flux.MAX_STEPS}", "the checkpoint's: dev 28, schnell 4", "Denoising steps"),
         "GUIDANCE": (f"0 to {flux.MAX_GUIDANCE:g}", "the checkpoint's: dev 3.5", "Guidance scale"),
         "SEED": ("-1 to 2^63 - 1", "-1", "-1 selects a random seed below 2^32"),
+        "CACHE": (
+            f"0 to {flux.MAX_CACHE:g}",
+            "0",
+            "Threshold of [skipped steps](operating.md#skipped-steps). 0 computes every step",
+        ),
         "LORA": ("`[]`", "`[]`", "JSON list of adapters. Adapters are not served yet, so only `[]` is accepted"),
         "FORMAT": (", ".join(flux.FORMATS), flux.FORMATS[0], "Image format"),
         "ENCODING": (

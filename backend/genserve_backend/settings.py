@@ -25,6 +25,7 @@ from pydantic import (
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 RerankDType = Literal[DType, "int8"]
+CacheMethod = Literal["magcache", "first-block"]
 WeightsDType = Literal["float32", "bfloat16", "float16"]
 
 CONFIG_FILE = "config.pbtxt"
@@ -94,6 +95,9 @@ class FluxSettings(ModelSettings):
     """A FLUX checkpoint folder in diffusers format."""
     dtype: Annotated[DType, Env("FLUX_DTYPE")] = "auto"
     """dtype of the weights; auto is bfloat16 on a GPU and float32 on a CPU."""
+    cache_method: Annotated[CacheMethod, Env("FLUX_CACHE")] = "magcache"
+    """Method of skipping steps for requests with CACHE: magcache decides by the checkpoint's ratios, first-block by the
+    change of the first block's output."""
     max_pixels: Annotated[int, Env("MAX_PIXELS")] = Field(default=2048 * 2048, ge=64 * 64, le=2**28)
     """Limit on HEIGHT times WIDTH, in pixels."""
     max_running: Annotated[int, Env("FLUX_MAX_RUNNING")] = Field(default=16, ge=1, le=1024)

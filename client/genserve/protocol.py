@@ -37,6 +37,7 @@ DTYPES = {
     "STEPS": "INT32",
     "GUIDANCE": "FP32",
     "SEED": "INT64",
+    "CACHE": "FP32",
     "LORA": "BYTES",
     "FORMAT": "BYTES",
     "ENCODING": "BYTES",

@@ -34,10 +34,10 @@ def steps(run: Run) -> None:
     flux, engine = _engine(run, whole=False)
     seen: list[tuple[int, ...]] = []
 
-    def look(_: Any, __: Any, arguments: dict[str, Any]) -> None:
-        seen.append(tuple(arguments["hidden_states"].shape[:2]))
+    def look(_: Any, inputs: tuple[torch.Tensor]) -> None:
+        seen.append(tuple(inputs[0].shape[:2]))
 
-    flux.pipeline.transformer.register_forward_pre_hook(look, with_kwargs=True)
+    flux.pipeline.transformer.x_embedder.register_forward_pre_hook(look)
     plain = [(64, 1), (96, 2)] if run.tiny else STEPS
     masked = [(96, 2)] if run.tiny else MASKED_STEPS
     cases = [(size, rows, False) for size, rows in plain] + [(size, rows, True) for size, rows in masked]

@@ -21,7 +21,7 @@ from genserve_backend.flux.admission import Intake
 from genserve_backend.flux.archive import ImageArchive
 from genserve_backend.flux.checkpoint import FluxCheckpoint
 from genserve_backend.flux.decode import Decoder
-from genserve_backend.flux.denoise import Denoiser
+from genserve_backend.flux.denoise import Denoiser, Stepped
 from genserve_backend.flux.engine import FluxEngine
 from genserve_backend.flux.preview import Previewer
 from genserve_backend.flux.prompts import Embedding, PromptEncoder
@@ -65,10 +65,10 @@ class SimulatedDenoiser(Denoiser):
         latents[PROMPT_BYTES:STEPS_AT] = _numbers(seed_bytes(image.request.seed))
         return latents
 
-    def step(self, images: Sequence[ImageState]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def step(self, images: Sequence[ImageState]) -> list[Stepped]:
         """Return new latents and a velocity per image: the prompt is entered, and the step counted."""
         time.sleep(self._step_s * sum(image.batch_rows for image in images))
-        return [(_stepped(image), torch.zeros(PICTURE_BYTES, dtype=DTYPE)) for image in images]
+        return [Stepped(_stepped(image), torch.zeros(PICTURE_BYTES, dtype=DTYPE)) for image in images]
 
 
 class SimulatedDecoder(Decoder):

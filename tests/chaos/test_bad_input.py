@@ -23,7 +23,7 @@ from genserve import Client, InvalidInput, ServerUnavailable
 
 GOOD = {"PROMPT": b"good"}
 NUMPY = {"STEPS": np.int32, "HEIGHT": np.int32, "WIDTH": np.int32, "SEED": np.int64}
-NUMPY |= {"GUIDANCE": np.float32, "TRUE_CFG_SCALE": np.float32}
+NUMPY |= {"GUIDANCE": np.float32, "TRUE_CFG_SCALE": np.float32, "CACHE": np.float32}
 TRITON = {np.int32: "INT32", np.int64: "INT64", np.float32: "FP32"}
 
 BAD = [
@@ -42,6 +42,9 @@ BAD = [
     pytest.param({"GUIDANCE": float("inf")}, "GUIDANCE", id="infinite"),
     pytest.param({"GUIDANCE": 20.5}, "GUIDANCE", id="guidance-above-range"),
     pytest.param({"TRUE_CFG_SCALE": 0.5}, "TRUE_CFG_SCALE", id="cfg-below-range"),
+    pytest.param({"CACHE": float("nan")}, "CACHE", id="cache-nan"),
+    pytest.param({"CACHE": -0.1}, "CACHE", id="negative-cache"),
+    pytest.param({"CACHE": 1.5}, "CACHE", id="cache-above-range"),
     pytest.param({"SEED": -2}, "SEED", id="negative-seed"),
     pytest.param({"SEED": -(2**63)}, "SEED", id="smallest-seed"),
     pytest.param({"FORMAT": b"gif"}, "FORMAT", id="unknown-format"),

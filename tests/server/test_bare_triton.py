@@ -15,6 +15,7 @@ import pytest
 import tritonclient.grpc as triton_grpc
 import tritonclient.http as triton_http
 from conftest import Server
+from pictures import levels
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
@@ -69,6 +70,20 @@ def test_each_flux_row_is_an_image(triton: tuple[ModuleType, Any]) -> None:
     assert [Image.open(io.BytesIO(data)).size for data in both["IMAGE"][:, 0]] == [(128, 64), (128, 128)]
     two = infer(triton, "flux", PROMPT=[[b"two"]], STEPS=([[3]], "int32"), SEED=([[6]], "int64"))
     assert two["IMAGE"][0, 0] == both["IMAGE"][1, 0]
+
+
+def test_cache_skips_steps_of_its_row_only(triton: tuple[ModuleType, Any]) -> None:
+    same: dict[str, Any] = {"STEPS": ([[20], [20]], "int32"), "SEED": ([[5], [5]], "int64")}
+    answer = infer(triton, "flux", PROMPT=[[b"a red star"]] * 2, CACHE=([[0], [1]], "float32"), **same)
+    plain, cached = (json.loads(info) for info in answer["INFO"][:, 0])
+    assert plain["skipped_steps"] == 0
+    assert "cache" not in plain
+    assert 0 < cached["skipped_steps"] < 20
+    assert cached.items() >= {"cache": 1.0, "cache_method": "magcache"}.items()
+    without = infer(triton, "flux", PROMPT=[[b"a red star"]] * 2, **same)
+    one, other, *alike = (levels(data) for data in [*answer["IMAGE"][:, 0], *without["IMAGE"][:, 0]])
+    assert all(np.abs(one - image).max() <= 1 for image in alike)
+    assert np.abs(one - other).max() > 1
 
 
 def test_invalid_row_fails_only_its_request(triton: tuple[ModuleType, Any]) -> None:

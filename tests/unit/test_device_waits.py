@@ -18,13 +18,14 @@ from diffusers import FluxPipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from genserve_backend import devices
-from genserve_backend.flux import denoise, prompts
+from genserve_backend.flux import denoise, forward, prompts
 from genserve_backend.flux.checkpoint import FluxCheckpoint
 from genserve_backend.flux.denoise import Denoiser
 from genserve_backend.flux.prompts import Embedding
 from genserve_backend.flux.request import parse
 from genserve_backend.flux.schedule import Scheduler
 from genserve_backend.flux.state import ImageState
+from genserve_backend.flux.step_cache import MagCache
 from genserve_backend.rerank.checkpoint import RerankCheckpoint
 from genserve_backend.rerank.request import RerankRequest
 from genserve_backend.rerank.scorers import SCORERS, base
@@ -36,6 +37,7 @@ META = torch.device("meta")
 SMALL = {"HEIGHT": 64, "WIDTH": 64}
 WIDE = {"HEIGHT": 64, "WIDTH": 96}
 GUIDED = {"NEGATIVE_PROMPT": "green"}
+SKIPPING_RATIOS = (1.0, 1.05, 1.05, 1.02, 1.01)
 
 
 class Copies(TorchDispatchMode):
@@ -56,7 +58,7 @@ class Copies(TorchDispatchMode):
             finally:
                 self._moving = False
 
-        for module in (devices, denoise, prompts):
+        for module in (devices, denoise, forward, prompts):
             monkeypatch.setattr(module, "move", counted)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -83,7 +85,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> FluxCheckpoint:
 def images(checkpoint: FluxCheckpoint) -> tuple[Denoiser, Callable[..., ImageState]]:
     pipeline = FluxPipeline.from_pretrained(checkpoint.path, dtype=torch.bfloat16)
     pipeline.transformer.to(META)
-    denoiser = Denoiser(pipeline, max_sequence_length=checkpoint.max_sequence_length)
+    denoiser = Denoiser(
+        pipeline, max_sequence_length=checkpoint.max_sequence_length, step_cache=MagCache(SKIPPING_RATIOS)
+    )
     scheduler = Scheduler(pipeline.scheduler)
     config = pipeline.transformer.config
     embedding = Embedding(
@@ -104,9 +108,10 @@ def images(checkpoint: FluxCheckpoint) -> tuple[Denoiser, Callable[..., ImageSta
 
 
 def step(denoiser: Denoiser, batch: list[ImageState]) -> None:
-    for image, (latents, velocity) in zip(batch, denoiser.step(batch), strict=True):
-        assert latents.shape == velocity.shape == image.latents.shape
-        image.latents, image.velocity = latents, velocity
+    for image, stepped in zip(batch, denoiser.step(batch), strict=True):
+        assert stepped.latents.shape == stepped.velocity.shape == image.latents.shape
+        image.latents, image.velocity, image.residuals = stepped.latents, stepped.velocity, stepped.residuals
+        image.skipped_steps += stepped.skipped
         image.step += 1
 
 
@@ -124,6 +129,19 @@ def test_step_does_not_wait_for_the_device(images: tuple[Denoiser, Callable[...,
         batch.append(make(4, **SMALL, **GUIDED))  # images join and leave
         del batch[0]
         step(denoiser, batch)
+    assert copies.waiting == []
+
+
+@torch.inference_mode()
+def test_skipped_steps_do_not_wait_for_the_device(
+    images: tuple[Denoiser, Callable[..., ImageState]], copies: Copies
+) -> None:
+    denoiser, make = images
+    with copies:
+        batch = [make(1, **SMALL), make(2, **SMALL, **GUIDED, CACHE=0.5), make(3, **WIDE, CACHE=0.2)]
+        for _ in range(8):
+            step(denoiser, batch)
+    assert [image.skipped_steps > 0 for image in batch] == [False, True, True]
     assert copies.waiting == []
 
 

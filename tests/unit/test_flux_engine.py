@@ -61,12 +61,15 @@ def engine(shared: EngineRun) -> Iterator[EngineRun]:
 
 @pytest.fixture
 def wrap(engine: EngineRun, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Callable[[Forward], Forward]], None]:
-    """Return a function that replaces a method of a part: ``wrap("transformer.forward", lambda real: ...)``."""
+    """Return a function that replaces a method of a part: ``wrap("vae.decode", lambda real: ...)``.
+
+    The part ``forward`` has the transformer's embedders, blocks and head.
+    """
     pipeline = engine.engine._denoiser._pipeline
 
     def wrap_it(name: str, make: Callable[[Forward], Forward]) -> None:
         part, method = name.split(".")
-        owner = getattr(pipeline, part)
+        owner = engine.engine._denoiser._forward if part == "forward" else getattr(pipeline, part)
         monkeypatch.setattr(owner, method, make(getattr(owner, method)))
 
     return wrap_it
@@ -190,16 +193,16 @@ def test_image_above_the_token_limit_runs_alone(checkpoint: FluxCheckpoint) -> N
 
 def test_infinite_latents_fail_only_their_request(engine: EngineRun, wrap: Any) -> None:
     def with_nan(real: Forward) -> Forward:
-        def forward(hidden_states: torch.Tensor, guidance: torch.Tensor, **rest: Any) -> Any:
-            (rows,) = real(hidden_states=hidden_states, guidance=guidance, **rest)
+        def embed(timesteps: torch.Tensor, guidance: torch.Tensor, pooled: torch.Tensor) -> Any:
+            rows = real(timesteps, guidance, pooled)
             rows[guidance == 13.0] = float("nan")
-            return (rows,)
+            return rows
 
-        return forward
+        return embed
 
     fine = [engine.parse(STEPS=3, SEED=seed, **SMALL) for seed in range(3)]
     alone = [engine.images(request)[0] for request in fine]
-    wrap("transformer.forward", with_nan)
+    wrap("forward.embed_conditioning", with_nan)
     bad = engine.parse(STEPS=3, GUIDANCE=13.0, **SMALL)
     results = engine.run(fine[0], bad, *fine[1:])
     error = results.pop(1)
@@ -210,12 +213,12 @@ def test_infinite_latents_fail_only_their_request(engine: EngineRun, wrap: Any) 
 
 def out_of_memory_above(rows: int) -> Callable[[Forward], Forward]:
     def make(real: Forward) -> Forward:
-        def forward(hidden_states: torch.Tensor, **rest: Any) -> Any:
-            if hidden_states.shape[0] * hidden_states.shape[1] > rows:
+        def embed(latents: torch.Tensor) -> Any:
+            if latents.shape[0] * latents.shape[1] > rows:
                 raise torch.OutOfMemoryError("CUDA out of memory")
-            return real(hidden_states=hidden_states, **rest)
+            return real(latents)
 
-        return forward
+        return embed
 
     return make
 
@@ -223,13 +226,13 @@ def out_of_memory_above(rows: int) -> Callable[[Forward], Forward]:
 def test_batch_that_does_not_fit_is_halved(engine: EngineRun, wrap: Any) -> None:
     requests = [engine.parse(STEPS=4, SEED=seed, **SMALL) for seed in range(7)]
     alone = [engine.images(request)[0] for request in requests]
-    wrap("transformer.forward", out_of_memory_above(3 * 16))
+    wrap("forward.embed_image", out_of_memory_above(3 * 16))
     results = engine.run(*requests)
     assert all(same(one, pixels(result)) for one, result in zip(alone, results, strict=True))
 
 
 def test_image_that_does_not_fit_alone_gets_out_of_memory(engine: EngineRun, wrap: Any) -> None:
-    wrap("transformer.forward", out_of_memory_above(100))
+    wrap("forward.embed_image", out_of_memory_above(100))
     results = engine.run(
         engine.parse(STEPS=3, **SMALL), engine.parse(STEPS=3, HEIGHT=192, WIDTH=192), engine.parse(STEPS=3, **SMALL)
     )
@@ -272,10 +275,10 @@ def test_failing_prompt_fails_only_its_request(engine: EngineRun, monkeypatch: p
 def test_lost_device_ends_the_engine(checkpoint: FluxCheckpoint) -> None:
     engine = EngineRun(checkpoint)
 
-    def forward(**_: Any) -> None:
+    def forward(*_: Any) -> None:
         raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
-    engine.engine._denoiser._transformer.forward = forward
+    engine.engine._denoiser._forward.embed_image = forward
     engine.submit(engine.parse(STEPS=1, **SMALL))
     with pytest.raises(DeviceLost):
         engine.turn(3)

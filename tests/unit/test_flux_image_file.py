@@ -109,6 +109,13 @@ def test_same_request_gives_the_same_bytes(image_format: str) -> None:
 
 
 @formats
+def test_cache_is_told_only_if_it_is_used(image_format: str) -> None:
+    told = embedded_settings(opened(file_of(request(image_format, CACHE=0.25))))
+    assert told.items() >= {"cache": 0.25, "cache_method": "magcache"}.items()
+    assert "cache" not in embedded_settings(opened(file_of(request(image_format))))
+
+
+@formats
 def test_foreign_image_has_no_settings(image_format: str) -> None:
     buffer = io.BytesIO()
     Image.new("RGB", (16, 16)).save(buffer, image_format.upper())

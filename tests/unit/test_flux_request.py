@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,9 @@ def test_given_values_are_used() -> None:
         ("GUIDANCE", 20.0),
         ("TRUE_CFG_SCALE", 1.0),
         ("TRUE_CFG_SCALE", 20.0),
+        ("CACHE", 0.0),
+        ("CACHE", 1e-30),
+        ("CACHE", 1.0),
         ("SEED", 0),
         ("SEED", 2**63 - 1),
         ("HEIGHT", 64),
@@ -105,6 +109,12 @@ def test_limits_are_inclusive(tensor: str, value: Any) -> None:
         ("TRUE_CFG_SCALE", 20.5, "TRUE_CFG_SCALE is 20.5; allowed: 1.0 to 20.0"),
         ("TRUE_CFG_SCALE", math.nan, "TRUE_CFG_SCALE is nan; allowed: 1.0 to 20.0"),
         ("TRUE_CFG_SCALE", -math.inf, "TRUE_CFG_SCALE is -inf; allowed: 1.0 to 20.0"),
+        ("CACHE", -0.1, "CACHE is -0.1; allowed: 0.0 to 1.0"),
+        ("CACHE", 1.5, "CACHE is 1.5; allowed: 0.0 to 1.0"),
+        ("CACHE", 3.4e38, "CACHE is 3.4e+38; allowed: 0.0 to 1.0"),
+        ("CACHE", math.nan, "CACHE is nan; allowed: 0.0 to 1.0"),
+        ("CACHE", math.inf, "CACHE is inf; allowed: 0.0 to 1.0"),
+        ("CACHE", -math.inf, "CACHE is -inf; allowed: 0.0 to 1.0"),
         ("SEED", -2, f"SEED is -2; allowed: -1 to {2**63 - 1}"),
         ("HEIGHT", 48, "HEIGHT is 48; allowed: a multiple of 16, at least 64"),
         ("HEIGHT", 72, "HEIGHT is 72; allowed: a multiple of 16, at least 64"),
@@ -129,6 +139,21 @@ def test_next_float32_beyond_the_limit_is_rejected() -> None:
     beyond = np.nextafter(np.float32(20), np.float32(21)).item()
     assert rejection(GUIDANCE=beyond).startswith("GUIDANCE is 20.00000")
     assert rejection(TRUE_CFG_SCALE=beyond).startswith("TRUE_CFG_SCALE is 20.00000")
+
+
+def test_cache_is_off_by_default() -> None:
+    assert flux().cache == 0.0
+    assert flux(SCHNELL).cache == 0.0
+
+
+def test_cache_needs_ratios_or_the_first_block() -> None:
+    allowed = r"CACHE is 0\.1; allowed: 0 \(the checkpoint schnell has no mag_ratios\.json\)"
+    with pytest.raises(InvalidInput, match=allowed):
+        flux(SCHNELL, CACHE=0.1)
+    assert flux(SCHNELL, CACHE=0.0).cache == 0.0
+    assert flux(replace(SCHNELL, mag_ratios=(1.0, 1.1)), CACHE=0.1).cache == 0.1
+    request = parse({"PROMPT": "a cat", "CACHE": 0.1}, SCHNELL, max_pixels=MAX_PIXELS, cache_method="first-block")
+    assert (request.cache, request.cache_method) == (0.1, "first-block")
 
 
 def test_missing_prompt_is_empty() -> None:

@@ -8,6 +8,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import FluxPipeline
+from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
 
 from genserve_backend.devices import resolve_dtype
 from genserve_backend.flux.admission import Intake
@@ -21,9 +22,10 @@ from genserve_backend.flux.prompts import PromptEncoder
 from genserve_backend.flux.report import Reporter
 from genserve_backend.flux.request import PIXELS_PER_TOKEN
 from genserve_backend.flux.schedule import Scheduler
+from genserve_backend.flux.step_cache import FirstBlockCache, MagCache, NoCache, StepCache
 from genserve_backend.logs import log
 from genserve_backend.matrices import use_packed_matrices
-from genserve_backend.settings import FluxSettings
+from genserve_backend.settings import CacheMethod, FluxSettings
 from genserve_backend.worker.engine import Emit
 
 logger = logging.getLogger(__name__)
@@ -39,9 +41,23 @@ def build(settings: FluxSettings, device: str, emit: Emit) -> FluxEngine:
     return assemble(load_pipeline(checkpoint, settings, device), checkpoint, settings, emit)
 
 
-def assemble(pipeline: FluxPipeline, checkpoint: FluxCheckpoint, settings: FluxSettings, emit: Emit) -> FluxEngine:
-    """Return the engine for a pipeline that is already on its device. The transformer's attention is replaced."""
-    denoiser = Denoiser(pipeline, max_sequence_length=checkpoint.max_sequence_length)
+def assemble(
+    pipeline: FluxPipeline,
+    checkpoint: FluxCheckpoint,
+    settings: FluxSettings,
+    emit: Emit,
+    *,
+    step_cache: StepCache | None = None,
+) -> FluxEngine:
+    """Return the engine for a pipeline that is already on its device. The transformer's attention is replaced.
+
+    `step_cache` replaces the method of skipping steps that the settings choose.
+    """
+    denoiser = Denoiser(
+        pipeline,
+        max_sequence_length=checkpoint.max_sequence_length,
+        step_cache=step_cache or choose_step_cache(checkpoint, settings.cache_method),
+    )
     decoder = Decoder(pipeline, model=checkpoint.name, archive=ImageArchive(settings.save_test_images))
     log(logger, logging.INFO, "flux loaded", model=checkpoint.name, device=denoiser.device, dtype=denoiser.dtype)
     return FluxEngine(
@@ -61,6 +77,15 @@ def assemble(pipeline: FluxPipeline, checkpoint: FluxCheckpoint, settings: FluxS
         settings=settings,
         emit=emit,
     )
+
+
+def choose_step_cache(checkpoint: FluxCheckpoint, method: CacheMethod) -> StepCache:
+    """Return the method of skipping steps for requests with CACHE."""
+    if method == "first-block":
+        return FirstBlockCache()
+    if not checkpoint.has_mag_ratios:
+        return NoCache()  # such requests are rejected
+    return MagCache(checkpoint.mag_ratios or FLUX_MAG_RATIOS.tolist())
 
 
 def load_pipeline(checkpoint: FluxCheckpoint, settings: FluxSettings, device: str) -> FluxPipeline:

@@ -174,6 +174,7 @@ class Decoder:
                 decode_s=now - finished.at,
                 elapsed_time=now - image.arrived,
                 mean_batch_size=image.batch_sizes / request.steps,
+                skipped_steps=image.skipped_steps,
                 dtype=self._dtype,
             )
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from diffusers import FluxPipeline
@@ -13,10 +13,25 @@ from torch.nn.utils.rnn import pad_sequence
 
 from genserve_backend.devices import copy_together, move, record_event
 from genserve_backend.flux.attention import RaggedAttention, complex_rotation, real_rotation
+from genserve_backend.flux.forward import Context, Forward, States
 from genserve_backend.flux.schedule import SCHEDULES_KEPT, Schedule
 from genserve_backend.flux.state import ImageState
+from genserve_backend.flux.step_cache import BlocksOutput, CachedRow, NoCache, Residual, StepCache
 
 ROTATIONS_KEPT = 64
+
+
+class Stepped(NamedTuple):
+    """An image after a step. Nothing of it is kept until the image takes it over."""
+
+    latents: torch.Tensor
+    """``[tokens, 64]``."""
+    velocity: torch.Tensor
+    """``[tokens, 64]``."""
+    residuals: tuple[Residual | None, ...] = ()
+    """Per batch row of the image, for its next step."""
+    skipped: bool = False
+    """True if the blocks ran for none of its rows."""
 
 
 class Denoiser:
@@ -25,15 +40,21 @@ class Denoiser:
     Args:
         pipeline: The pipeline with the transformer, whose attention is replaced.
         max_sequence_length: T5 tokens of each prompt.
+        step_cache: Method of skipping steps; none by default.
     """
 
-    def __init__(self, pipeline: FluxPipeline, *, max_sequence_length: int) -> None:
+    def __init__(
+        self, pipeline: FluxPipeline, *, max_sequence_length: int, step_cache: StepCache | None = None
+    ) -> None:
         self._pipeline = pipeline
         self._transformer = pipeline.transformer
         self._transformer.set_attn_processor(RaggedAttention())
         # These properties of the transformer go through all its weights, which takes milliseconds.
         self.device: torch.device = self._transformer.device
         self.dtype: torch.dtype = self._transformer.dtype
+        self._forward = Forward(self._transformer)
+        self._no_cache = NoCache()
+        self._step_cache = step_cache or self._no_cache
         self._text_length = max_sequence_length
         self._guidance_embeds = bool(self._transformer.config.guidance_embeds)
         self._rotation_from = complex_rotation if self.device.type == "cpu" else real_rotation
@@ -58,8 +79,8 @@ class Denoiser:
         )
         return move(latents[0], self.device)
 
-    def step(self, images: Sequence[ImageState]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Return the new latents and the velocity of each image, both ``[tokens, 64]``. The images stay unchanged."""
+    def step(self, images: Sequence[ImageState]) -> list[Stepped]:
+        """Return each image after its next step. The images stay unchanged."""
         batch = self._batch
         if batch is None or not batch.matches(images):
             self._batch = None  # free its memory before the next one is made
@@ -69,11 +90,11 @@ class Denoiser:
                 rotations=[self._rotation(*size) for size in map(_grid, images)],
                 plans=[self._plan(image.schedule) for image in images],
             )
-        velocities = self._velocities(batch)
+        velocities, blocks = self._velocities(batch)
         latents = batch.advance(velocities)
         self._batch = batch
         self._keep_pace()
-        return batch.cut(latents, velocities)
+        return batch.cut(latents, velocities, blocks)
 
     def _keep_pace(self) -> None:
         """Wait for the previous step.
@@ -85,21 +106,21 @@ class Denoiser:
         if previous:
             previous.synchronize()
 
-    def _velocities(self, batch: Batch) -> torch.Tensor:
-        """Return the velocity of each image, ``[images, tokens, 64]``, with guidance applied."""
-        velocities: torch.Tensor = self._transformer(
-            hidden_states=batch.expand(batch.latents),
-            timestep=batch.expand(batch.timesteps().to(self.dtype) / 1000),
-            guidance=batch.expand(batch.guidance) if self._guidance_embeds else None,
-            pooled_projections=batch.pooled,
-            encoder_hidden_states=batch.text,
-            # One token each: the transformer's own rotation is not used.
-            txt_ids=batch.no_ids,
-            img_ids=batch.no_ids,
-            joint_attention_kwargs={"rotation": batch.rotation, "attention_mask": batch.mask},
-            return_dict=False,
-        )[0]
-        return batch.guide(velocities)
+    def _velocities(self, batch: Batch) -> tuple[torch.Tensor, BlocksOutput]:
+        """Return the velocities with guidance applied, ``[images, tokens, 64]``, and the blocks' output."""
+        forward = self._forward
+        image = forward.embed_image(batch.expand(batch.latents))
+        conditioning = forward.embed_conditioning(
+            batch.expand(batch.timesteps().to(self.dtype) / 1000),
+            batch.expand(batch.guidance) if self._guidance_embeds else None,
+            batch.pooled,
+        )
+        states = States(image, forward.embed_text(batch.text))
+        context = Context(conditioning, batch.rotation, batch.mask)
+        rows = batch.rows()
+        cache = self._step_cache if any(row.threshold for row in rows) else self._no_cache
+        output = cache.run(forward, states, context, rows)
+        return batch.guide(forward.head(output.image, conditioning)), output
 
     def _make_plan(self, schedule: Schedule) -> torch.Tensor:
         """Return a schedule on the device: float32 ``[steps + 1, 2]``, sigma and timestep; the last timestep unused."""
@@ -139,6 +160,9 @@ class Batch:
         self._tokens = [image.tokens for image in images]
         self._device = device
         guided = [index for index, image in enumerate(images) if image.negative]
+        self._rows_of_images: list[tuple[int, ...]] = [(index,) for index in range(len(images))]
+        for row, index in enumerate(guided, start=len(images)):
+            self._rows_of_images[index] += (row,)
         starts = [0, *accumulate(map(len, plans))]
         at = [start + image.step for start, image in zip(starts, images, strict=False)]
         self._image_of_row, self._guided, self._at = copy_together([[*range(len(images)), *guided], guided, at], device)
@@ -148,7 +172,6 @@ class Batch:
         self.pooled = torch.stack([embedding.pooled for embedding in embeddings])
         self.guidance = self._column([image.request.guidance for image in images])
         self._true_cfg = self._column([images[index].request.true_cfg_scale for index in guided])
-        self.no_ids = torch.zeros(1, 3, device=device, dtype=self.text.dtype)
         self.latents = pad_sequence([image.latents for image in images], batch_first=True)
         self.rotation, self.mask = self._positions(rotations)
 
@@ -192,9 +215,26 @@ class Batch:
         self._steps = [step + 1 for step in self._steps]
         return self.latents
 
-    def cut(self, *padded: torch.Tensor) -> list[tuple[Any, ...]]:
-        """Return views of each image's part of the tensors, without padding."""
-        return [tuple(tensor[index, :tokens] for tensor in padded) for index, tokens in enumerate(self._tokens)]
+    def rows(self) -> list[CachedRow]:
+        """Return the batch rows before the next forward."""
+        rows: dict[int, CachedRow] = {}
+        for image, numbers in zip(self._images, self._rows_of_images, strict=True):
+            residuals = image.residuals or (None,) * len(numbers)
+            for number, residual in zip(numbers, residuals, strict=True):
+                rows[number] = CachedRow(image.request.cache, image.step, image.request.steps, image.tokens, residual)
+        return [rows[number] for number in range(len(rows))]
+
+    def cut(self, latents: torch.Tensor, velocities: torch.Tensor, blocks: BlocksOutput) -> list[Stepped]:
+        """Return each image's part of a step, as views without padding."""
+        return [
+            Stepped(
+                latents[index, :tokens],
+                velocities[index, :tokens],
+                tuple(blocks.residuals[row] for row in rows),
+                all(blocks.skipped[row] for row in rows),
+            )
+            for index, (tokens, rows) in enumerate(zip(self._tokens, self._rows_of_images, strict=True))
+        ]
 
     def _column(self, values: Sequence[float]) -> torch.Tensor:
         return move(torch.tensor(values, dtype=torch.float32), self._device)

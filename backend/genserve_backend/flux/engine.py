@@ -17,7 +17,7 @@ from genserve_backend.errors import RequestError
 from genserve_backend.flux.admission import Intake, assign_slots
 from genserve_backend.flux.batching import choose
 from genserve_backend.flux.decode import Decoder
-from genserve_backend.flux.denoise import Denoiser
+from genserve_backend.flux.denoise import Denoiser, Stepped
 from genserve_backend.flux.prompts import Embedding, PromptEncoder
 from genserve_backend.flux.report import Reporter
 from genserve_backend.flux.schedule import Scheduler
@@ -197,14 +197,16 @@ class FluxEngine:
         outputs, failed = isolate(self._forward, batch, name=lambda image: image.name)
         for image, error in failed.items():
             self._fail(image, error)
-        for image, (latents, velocity) in outputs.items():
-            image.latents, image.velocity = latents, velocity
+        for image, stepped in outputs.items():
+            image.latents, image.velocity = stepped.latents, stepped.velocity
+            image.residuals = stepped.residuals
+            image.skipped_steps += stepped.skipped
             image.step += 1
             image.ran_at = self._tick
             if not image.steps_left:
                 self._finish(image)
 
-    def _forward(self, images: Sequence[ImageState]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def _forward(self, images: Sequence[ImageState]) -> list[Stepped]:
         started = time.monotonic()
         try:
             outputs = self._denoiser.step(images)
@@ -215,7 +217,8 @@ class FluxEngine:
             raise
         for image in images:
             image.batch_sizes += len(images)
-        self._reporter.stepped(len(images), time.monotonic() - started)
+        skipped = sum(stepped.skipped for stepped in outputs)
+        self._reporter.stepped(len(images), time.monotonic() - started, skipped=skipped)
         return outputs
 
     def _finish(self, image: ImageState) -> None:
@@ -232,6 +235,7 @@ class FluxEngine:
 
     def _forget(self, image: ImageState) -> None:
         del self._images[image.job.id]
+        image.residuals = ()  # the denoiser's batch refers to the image until the next step
         for images in (self._running, self._waiting):
             if image in images:
                 images.remove(image)

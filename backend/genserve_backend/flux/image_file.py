@@ -48,7 +48,11 @@ def embedded_settings(image: Image.Image) -> dict[str, Any]:
 
 
 def generation_settings(request: FluxRequest, *, model: str, dtype: str) -> dict[str, Any]:
-    """Return every setting that plain ``FluxPipeline`` needs to make the same image, except the prompts."""
+    """Return every setting that plain ``FluxPipeline`` needs to make the same image, except the prompts.
+
+    The cache, which diffusers applies to the transformer, is among them only if it is in use.
+    """
+    cache = {"cache": request.cache, "cache_method": request.cache_method} if request.cache else {}
     return {
         "model": model,
         "seed": request.seed,
@@ -59,4 +63,5 @@ def generation_settings(request: FluxRequest, *, model: str, dtype: str) -> dict
         "true_cfg_scale": request.true_cfg_scale,
         "max_sequence_length": request.max_sequence_length,
         "dtype": dtype,
+        **cache,
     }

@@ -6,6 +6,7 @@ from genserve_backend.worker.metrics import ENGINE_METRICS, Counter, Gauge, Hist
 
 DECODING = Gauge("genserve_decoding", "Images that are being decoded")
 STEPS = Counter("genserve_steps_total", "Denoising steps, counted per image")
+SKIPPED_STEPS = Counter("genserve_skipped_steps_total", "Denoising steps that were skipped, see CACHE")
 PREEMPTIONS = Counter("genserve_preemptions_total", "Times an image lost its slot to a more urgent one")
 ENCODE_SECONDS = stage_seconds("encode")
 DENOISE_SECONDS = stage_seconds("denoise")
@@ -16,6 +17,7 @@ METRICS: tuple[Metric, ...] = (
     *ENGINE_METRICS,
     DECODING,
     STEPS,
+    SKIPPED_STEPS,
     PREEMPTIONS,
     ENCODE_SECONDS,
     DENOISE_SECONDS,

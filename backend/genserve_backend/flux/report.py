@@ -19,6 +19,7 @@ from genserve_backend.flux.metrics import (
     DENOISE_SECONDS,
     ENCODE_SECONDS,
     PREEMPTIONS,
+    SKIPPED_STEPS,
     STEPS,
 )
 from genserve_backend.flux.preview import Previewer
@@ -59,9 +60,10 @@ class Reporter:
         self._previews: SimpleQueue[list[tuple[ImageState, int, torch.Tensor]]] = SimpleQueue()
         start_thread(self._preview, name="preview")
 
-    def stepped(self, images: int, seconds: float) -> None:
-        """Count a forward for `images` images that took `seconds`."""
+    def stepped(self, images: int, seconds: float, *, skipped: int = 0) -> None:
+        """Count a forward for `images` images that took `seconds`, and was skipped for `skipped` of them."""
         self._counts[STEPS] += images
+        self._counts[SKIPPED_STEPS] += skipped
         self._counts[DENOISE_SECONDS] += seconds
         self._batch_sizes.append(images)
 

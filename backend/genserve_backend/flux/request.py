@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from genserve_backend.errors import InvalidInput
-from genserve_backend.flux.checkpoint import FluxCheckpoint
+from genserve_backend.flux.checkpoint import MAG_RATIOS_FILE, FluxCheckpoint
+from genserve_backend.settings import CacheMethod
 
 MAX_PROMPT_CHARACTERS = 10_000
 MAX_LORA_CHARACTERS = 4_096
@@ -21,6 +22,8 @@ MIN_SIZE = 64
 MAX_STEPS = 100
 MAX_GUIDANCE = 20.0
 MIN_TRUE_CFG, MAX_TRUE_CFG, DEFAULT_TRUE_CFG = 1.0, 20.0, 4.0
+MAX_CACHE = 1.0
+"""Limit on the threshold of skipped steps."""
 MAX_SEED = 2**63 - 1
 FORMATS = ("png", "jpeg", "webp")
 MAX_SIDE = {"jpeg": 65_500, "webp": 16_383}
@@ -44,6 +47,10 @@ class FluxRequest:
     format: str
     encoding: str
     max_sequence_length: int
+    cache: float = 0.0
+    """Threshold of skipped steps; 0 skips none."""
+    cache_method: CacheMethod = "magcache"
+    """Method of skipping steps, which gives the threshold its meaning."""
 
     @property
     def guided(self) -> bool:
@@ -62,7 +69,7 @@ class FluxRequest:
 
     @property
     def work(self) -> float:
-        """Estimated cost: image tokens that go through the transformer."""
+        """Estimated cost: image tokens that go through the transformer if no step is skipped."""
         return self.tokens * self.batch_rows * self.steps
 
 
@@ -80,15 +87,23 @@ class FluxResult:
     """Seconds from its arrival at the instance to its answer."""
     mean_batch_size: float
     dtype: str
+    skipped_steps: int = 0
 
 
-def parse(values: Mapping[str, Any], checkpoint: FluxCheckpoint, *, max_pixels: int) -> FluxRequest:
+def parse(
+    values: Mapping[str, Any],
+    checkpoint: FluxCheckpoint,
+    *,
+    max_pixels: int,
+    cache_method: CacheMethod = "magcache",
+) -> FluxRequest:
     """Check one row of tensors and return its request.
 
     Args:
         values: Tensor name to str, int or float; missing ones get their default.
         checkpoint: Provides the defaults.
         max_pixels: Limit on height times width.
+        cache_method: Method of skipping steps.
 
     Raises:
         InvalidInput: A value is out of range; the message names the tensor, the value and what is allowed.
@@ -119,6 +134,8 @@ def parse(values: Mapping[str, Any], checkpoint: FluxCheckpoint, *, max_pixels: 
         format=image_format,
         encoding=_one_of("ENCODING", values.get("ENCODING", ENCODINGS[0]), ENCODINGS),
         max_sequence_length=checkpoint.max_sequence_length,
+        cache=_cache(values.get("CACHE", 0.0), checkpoint, cache_method),
+        cache_method=cache_method,
     )
 
 
@@ -126,6 +143,14 @@ def _within(tensor: str, value: Any, low: Any, high: Any) -> Any:
     if not math.isfinite(value) or not low <= value <= high:
         raise InvalidInput.of(tensor, value, f"{low} to {high}")
     return value
+
+
+def _cache(value: float, checkpoint: FluxCheckpoint, method: CacheMethod) -> float:
+    threshold: float = _within("CACHE", value, 0.0, MAX_CACHE)
+    if threshold and method == "magcache" and not checkpoint.has_mag_ratios:
+        # No other method in its place: a threshold means something else to each of them.
+        raise InvalidInput.of("CACHE", value, f"0 (the checkpoint {checkpoint.name} has no {MAG_RATIOS_FILE})")
+    return threshold
 
 
 def _one_of(tensor: str, value: str, allowed: tuple[str, ...]) -> str:

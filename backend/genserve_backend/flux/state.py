@@ -10,6 +10,7 @@ import torch
 from genserve_backend.flux.prompts import Embedding
 from genserve_backend.flux.request import FluxRequest
 from genserve_backend.flux.schedule import Schedule
+from genserve_backend.flux.step_cache import Residual
 from genserve_backend.worker.engine import Job
 from genserve_backend.worker.scheduling import ProgressTimer
 
@@ -34,6 +35,10 @@ class ImageState:
     prompt: Embedding = field(init=False, repr=False)
     negative: Embedding | None = field(default=None, repr=False)
     """Set only with true classifier-free guidance."""
+    residuals: tuple[Residual | None, ...] = field(default=(), repr=False)
+    """Per batch row, what a skipped step adds; empty before the first step and after the last one."""
+    skipped_steps: int = 0
+    """Steps in which the transformer's blocks did not run."""
 
     # For the answer, progress and metrics.
     started: float | None = None

@@ -25,12 +25,13 @@ INPUTS = (
     "STEPS",
     "GUIDANCE",
     "SEED",
+    "CACHE",
     "LORA",
     "FORMAT",
     "ENCODING",
     "TASK_ID",
 )
-TIMINGS = ("queue_s", "encode_s", "denoise_s", "decode_s", "elapsed_time", "mean_batch_size")
+TIMINGS = ("queue_s", "encode_s", "denoise_s", "decode_s", "elapsed_time", "mean_batch_size", "skipped_steps")
 
 
 class TritonPythonModel:
@@ -58,8 +59,9 @@ class TritonPythonModel:
     def parse(self, request: Any) -> list[ParsedRow]:
         """Parse the rows of a request."""
         rows = parse_rows(request, scalars=INPUTS)
-        max_pixels = self.instance.settings.max_pixels
-        images = [parse(values, self.instance.checkpoint, max_pixels=max_pixels) for values in rows]
+        settings = self.instance.settings
+        limits = {"max_pixels": settings.max_pixels, "cache_method": settings.cache_method}
+        images = [parse(values, self.instance.checkpoint, **limits) for values in rows]
         return [ParsedRow(*row) for row in zip(task_ids(rows, request.request_id()), images, strict=True)]
 
     def outputs(self, rows: list[AnsweredRow]) -> list[Any]:
