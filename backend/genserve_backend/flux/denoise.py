@@ -13,6 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from genserve_backend.devices import copy_together, move, record_event
 from genserve_backend.flux.attention import RaggedAttention, complex_rotation, real_rotation
+from genserve_backend.flux.lora.adapters import Adapters
+from genserve_backend.flux.lora.cache import Combination
 from genserve_backend.flux.schedule import SCHEDULES_KEPT, Schedule
 from genserve_backend.flux.state import ImageState
 
@@ -25,9 +27,11 @@ class Denoiser:
     Args:
         pipeline: The pipeline with the transformer, whose attention is replaced.
         max_sequence_length: T5 tokens of each prompt.
+        adapters: Adapters of the transformer, if any are served.
     """
 
-    def __init__(self, pipeline: FluxPipeline, *, max_sequence_length: int) -> None:
+    def __init__(self, pipeline: FluxPipeline, *, max_sequence_length: int, adapters: Adapters | None = None) -> None:
+        self._adapters = adapters
         self._pipeline = pipeline
         self._transformer = pipeline.transformer
         self._transformer.set_attn_processor(RaggedAttention())
@@ -87,6 +91,8 @@ class Denoiser:
 
     def _velocities(self, batch: Batch) -> torch.Tensor:
         """Return the velocity of each image, ``[images, tokens, 64]``, with guidance applied."""
+        if self._adapters:
+            self._adapters.select(batch.adapters)
         velocities: torch.Tensor = self._transformer(
             hidden_states=batch.expand(batch.latents),
             timestep=batch.expand(batch.timesteps().to(self.dtype) / 1000),
@@ -151,6 +157,11 @@ class Batch:
         self.no_ids = torch.zeros(1, 3, device=device, dtype=self.text.dtype)
         self.latents = pad_sequence([image.latents for image in images], batch_first=True)
         self.rotation, self.mask = self._positions(rotations)
+
+    @property
+    def adapters(self) -> list[Combination | None]:
+        """Adapters of each batch row. The images hold them, so that an image that ends frees them."""
+        return [image.adapters for image in self._images] + [image.adapters for image in self._images if image.negative]
 
     def matches(self, images: Sequence[ImageState]) -> bool:
         """Return whether a new batch for `images` would be the same."""

@@ -49,6 +49,7 @@ def embedded_settings(image: Image.Image) -> dict[str, Any]:
 
 def generation_settings(request: FluxRequest, *, model: str, dtype: str) -> dict[str, Any]:
     """Return every setting that plain ``FluxPipeline`` needs to make the same image, except the prompts."""
+    adapters = {"lora": [adapter._asdict() for adapter in request.lora]} if request.lora else {}
     return {
         "model": model,
         "seed": request.seed,
@@ -59,4 +60,5 @@ def generation_settings(request: FluxRequest, *, model: str, dtype: str) -> dict
         "true_cfg_scale": request.true_cfg_scale,
         "max_sequence_length": request.max_sequence_length,
         "dtype": dtype,
+        **adapters,
     }

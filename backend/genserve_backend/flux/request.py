@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import secrets
 from collections.abc import Mapping
@@ -11,9 +10,9 @@ from typing import Any
 
 from genserve_backend.errors import InvalidInput
 from genserve_backend.flux.checkpoint import FluxCheckpoint
+from genserve_backend.flux.lora.request import Lora, parse_lora
 
 MAX_PROMPT_CHARACTERS = 10_000
-MAX_LORA_CHARACTERS = 4_096
 SIZE_MULTIPLE = 16
 """Pixels: the VAE shrinks by 8 and the transformer takes patches of 2."""
 PIXELS_PER_TOKEN = SIZE_MULTIPLE**2
@@ -44,6 +43,8 @@ class FluxRequest:
     format: str
     encoding: str
     max_sequence_length: int
+    lora: tuple[Lora, ...] = ()
+    """Adapters, none by default."""
 
     @property
     def guided(self) -> bool:
@@ -93,7 +94,6 @@ def parse(values: Mapping[str, Any], checkpoint: FluxCheckpoint, *, max_pixels: 
     Raises:
         InvalidInput: A value is out of range; the message names the tensor, the value and what is allowed.
     """
-    _check_lora(values.get("LORA", "[]"))
     height = _size("HEIGHT", values.get("HEIGHT", checkpoint.native_size))
     width = _size("WIDTH", values.get("WIDTH", checkpoint.native_size))
     if height * width > max_pixels:
@@ -119,6 +119,7 @@ def parse(values: Mapping[str, Any], checkpoint: FluxCheckpoint, *, max_pixels: 
         format=image_format,
         encoding=_one_of("ENCODING", values.get("ENCODING", ENCODINGS[0]), ENCODINGS),
         max_sequence_length=checkpoint.max_sequence_length,
+        lora=parse_lora(values.get("LORA", "[]")),
     )
 
 
@@ -144,16 +145,3 @@ def _prompt(tensor: str, value: str, *, minimum: int) -> str:
     if not minimum <= len(value) <= MAX_PROMPT_CHARACTERS:
         raise InvalidInput.of(tensor, f"{len(value):,} characters long", f"{minimum} to {MAX_PROMPT_CHARACTERS:,}")
     return value
-
-
-def _check_lora(text: str) -> None:
-    """Raise InvalidInput for a list that names adapters: they are not served yet, and ignoring them would mislead."""
-    allowed = "[] (adapters are not served)"
-    if len(text) > MAX_LORA_CHARACTERS:
-        raise InvalidInput.of("LORA", text, f"at most {MAX_LORA_CHARACTERS:,} characters")
-    try:
-        adapters = json.loads(text)
-    except (ValueError, RecursionError):
-        raise InvalidInput.of("LORA", text, "a JSON list") from None
-    if adapters != []:
-        raise InvalidInput.of("LORA", text, allowed)
