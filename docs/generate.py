@@ -32,6 +32,7 @@ from genserve_backend import errors as backend_errors
 from genserve_backend.adapter.metrics import INSTANCE_METRICS
 from genserve_backend.adapter.reply import CODES
 from genserve_backend.flux import request as flux
+from genserve_backend.flux.lora.request import MAX_ADAPTERS, MAX_WEIGHT
 from genserve_backend.flux.metrics import METRICS as FLUX_METRICS
 from genserve_backend.rerank import request as rerank
 from genserve_backend.rerank.metrics import METRICS as RERANK_METRICS
@@ -79,7 +80,12 @@ INPUTS: dict[str, dict[str, Row]] = {
             "0",
             "Threshold of [skipped steps](operating.md#skipped-steps). 0 computes every step",
         ),
-        "LORA": ("`[]`", "`[]`", "JSON list of adapters. Adapters are not served yet, so only `[]` is accepted"),
+        "LORA": (
+            f'a list of at most {MAX_ADAPTERS} `{{"name": string, "weight": number}}`; weights from {-MAX_WEIGHT:g} to'
+            f" {MAX_WEIGHT:g}, 1 if missing",
+            "`[]`",
+            "JSON list of the image's [adapters](#lora-adapters)",
+        ),
         "FORMAT": (", ".join(flux.FORMATS), flux.FORMATS[0], "Image format"),
         "ENCODING": (
             ", ".join(flux.ENCODINGS),

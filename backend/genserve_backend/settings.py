@@ -29,6 +29,8 @@ CacheMethod = Literal["magcache", "first-block"]
 WeightsDType = Literal["float32", "bfloat16", "float16"]
 
 CONFIG_FILE = "config.pbtxt"
+RELATIVE_PATHS = ("model_path", "lora_path")
+"""Settings that may be relative to the model repository in config.pbtxt."""
 HANG_TIMEOUT_S = 300.0
 
 
@@ -93,6 +95,8 @@ class FluxSettings(ModelSettings):
 
     model_path: Annotated[Path, Env("FLUX_MODEL_PATH")]
     """A FLUX checkpoint folder in diffusers format."""
+    lora_path: Annotated[Path | None, Env("LORA_PATH")] = None
+    """The folder of LoRA adapters that requests can name: NAME.safetensors or NAME/pytorch_lora_weights.safetensors."""
     dtype: Annotated[DType, Env("FLUX_DTYPE")] = "auto"
     """dtype of the weights; auto is bfloat16 on a GPU and float32 on a CPU."""
     cache_method: Annotated[CacheMethod, Env("FLUX_CACHE")] = "magcache"
@@ -112,6 +116,13 @@ class FluxSettings(ModelSettings):
     0.25 on a CPU, and 0 on a GPU: there, bfloat16 images differ more from those made alone if they are padded."""
     prompt_cache_bytes: int = Field(default=256 * 2**20, ge=0)
     """Device memory for the cache of prompt embeddings, in bytes."""
+    lora_cache_bytes: Annotated[int, Env("LORA_CACHE_BYTES")] = Field(default=2**30, ge=0)
+    """Device memory for LoRA adapters, in bytes; the least recently used ones are dropped. Those of images in flight
+    may exceed it, and their forwards need a copy in addition."""
+    lora_max_bytes: int = Field(default=2 * 2**30, ge=0)
+    """Limit on the file of a LoRA adapter, in bytes."""
+    lora_max_rank: int = Field(default=256, ge=1, le=4096)
+    """Limit on the rank of a LoRA adapter."""
     save_test_images: Annotated[Path | None, Env("SAVE_TEST_IMAGES")] = None
     """Folder for a copy of every image, named by task id; `true` selects a folder in the temporary directory."""
 
@@ -296,7 +307,7 @@ def load(
     Args:
         kind: The settings class of the model.
         parameters: The ``parameters {}`` of its config.pbtxt.
-        repository: The model repository, the base of a relative ``model_path``.
+        repository: The model repository, the base of relative paths in ``parameters {}``.
         environ: The environment with the overrides.
 
     Raises:
@@ -304,8 +315,9 @@ def load(
     """
     values, origin = _given(kind, parameters, environ)
     try:
-        if "model_path" in values and origin["model_path"] == CONFIG_FILE:
-            values["model_path"] = str((repository / values["model_path"]).resolve())
+        for name in RELATIVE_PATHS:
+            if values.get(name) and origin[name] == CONFIG_FILE:
+                values[name] = str((repository / values[name]).resolve())
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]

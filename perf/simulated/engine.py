@@ -23,8 +23,9 @@ from genserve_backend.flux.checkpoint import FluxCheckpoint
 from genserve_backend.flux.decode import Decoder
 from genserve_backend.flux.denoise import Denoiser, Stepped
 from genserve_backend.flux.engine import FluxEngine
+from genserve_backend.flux.lora.adapters import Adapters
 from genserve_backend.flux.preview import Previewer
-from genserve_backend.flux.prompts import Embedding, PromptEncoder
+from genserve_backend.flux.prompts import Embedding, Prompt, PromptEncoder
 from genserve_backend.flux.report import Reporter
 from genserve_backend.flux.request import PIXELS_PER_TOKEN
 from genserve_backend.flux.schedule import Scheduler
@@ -43,7 +44,8 @@ class SimulatedEncoder(PromptEncoder):
     def __init__(self, *, cache_bytes: int) -> None:
         super().__init__(None, max_sequence_length=0, cache_bytes=cache_bytes)
 
-    def _forward(self, texts: Sequence[str]) -> list[Embedding]:
+    def _forward(self, prompts: Sequence[Prompt]) -> list[Embedding]:
+        texts = (prompt for prompt in prompts if isinstance(prompt, str))  # all of them, without adapters
         return [Embedding(_numbers(prompt_bytes(text)), torch.zeros(1)) for text in texts]
 
 
@@ -100,12 +102,14 @@ def build(settings: FluxSettings, device: str, emit: Emit) -> FluxEngine:
     """Build the engine. The checkpoint in `settings` gives it its name and its limits; no weights are loaded."""
     checkpoint = FluxCheckpoint.load(settings.model_path)
     decoder = SimulatedDecoder(model=checkpoint.name, archive=ImageArchive(settings.save_test_images))
+    adapters = Adapters(None, settings)
     return FluxEngine(
         encoder=SimulatedEncoder(cache_bytes=settings.prompt_cache_bytes),
         scheduler=Scheduler(FlowMatchEulerDiscreteScheduler()),
         denoiser=SimulatedDenoiser(float(os.environ[STEP_ENV])),
         decoder=decoder,
-        reporter=Reporter(SimulatedPreviewer(), decoder, device=DEVICE, emit=emit),
+        adapters=adapters,
+        reporter=Reporter(SimulatedPreviewer(), decoder, adapters, device=DEVICE, emit=emit),
         intake=Intake(
             max_running=settings.max_running,
             max_tokens=settings.max_batched_tokens,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,10 @@ from genserve_backend import devices
 from genserve_backend.flux import denoise, forward, prompts
 from genserve_backend.flux.checkpoint import FluxCheckpoint
 from genserve_backend.flux.denoise import Denoiser
+from genserve_backend.flux.lora.cache import Adapter, Combination, Part
+from genserve_backend.flux.lora.folder import AdapterFile, Version
+from genserve_backend.flux.lora.layers import AdaptedModel
+from genserve_backend.flux.lora.weights import LowRank
 from genserve_backend.flux.prompts import Embedding
 from genserve_backend.flux.request import parse
 from genserve_backend.flux.schedule import Scheduler
@@ -113,6 +118,54 @@ def step(denoiser: Denoiser, batch: list[ImageState]) -> None:
         image.latents, image.velocity, image.residuals = stepped.latents, stepped.velocity, stepped.residuals
         image.skipped_steps += stepped.skipped
         image.step += 1
+
+
+def combine(model: AdaptedModel, *ranks: int) -> Combination:
+    """Return adapters of every layer, one per rank, on the meta device."""
+    options: dict[str, Any] = {"device": META, "dtype": torch.bfloat16}
+    return Combination(
+        [
+            Part(
+                Adapter(
+                    AdapterFile(str(number), Path(), Version(0, 0, 0)),
+                    {
+                        "transformer": {
+                            name: LowRank(
+                                torch.empty(shape.inputs, rank, **options), torch.empty(rank, shape.outputs, **options)
+                            )
+                            for name, shape in model.shapes.items()
+                        }
+                    },
+                    META,
+                ),
+                0.5,
+            )
+            for number, rank in enumerate(ranks)
+        ]
+    )
+
+
+@torch.inference_mode()
+def test_step_with_adapters_does_not_wait_for_the_device(
+    images: tuple[Denoiser, Callable[..., ImageState]], copies: Copies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denoiser, make = images
+    model = AdaptedModel(denoiser._transformer, "transformer", device=META, dtype=torch.bfloat16)
+    monkeypatch.setattr(denoiser, "_adapters", SimpleNamespace(select=model.select))
+    batch = [make(1, **SMALL), make(2, **SMALL, **GUIDED), make(3, **WIDE)]
+    with copies:
+        batch[0].adapters = combine(model, 4)
+        batch[1].adapters = combine(model, 2, 9)
+        step(denoiser, batch)
+        moved = copies.moved
+        for _ in range(3):
+            step(denoiser, batch)
+        assert copies.moved == moved, "an unchanged batch copies nothing from the host"
+        batch.append(make(4, **SMALL))
+        batch[-1].adapters = combine(model, 16)
+        del batch[0]
+        step(denoiser, batch)
+    assert copies.waiting == []
 
 
 @torch.inference_mode()

@@ -61,7 +61,9 @@ def parts(forward: Forward, given: dict[str, Any], cache: Any, rows: list[Cached
     image = forward.embed_image(given["latents"])
     conditioning = forward.embed_conditioning(given["timesteps"], given["guidance"], given["pooled"])
     states = States(image, forward.embed_text(given["text"]))
-    output = cache.run(forward, states, Context(conditioning, given["rotation"], given["mask"]), rows)
+    output = cache.run(
+        forward, states, Context(conditioning, given["rotation"], given["mask"], [None] * len(rows)), rows
+    )
     return forward.head(output.image, conditioning), output
 
 

@@ -17,6 +17,7 @@ from genserve_backend.flux.checkpoint import FluxCheckpoint
 from genserve_backend.flux.decode import Decoder
 from genserve_backend.flux.denoise import Denoiser
 from genserve_backend.flux.engine import FluxEngine
+from genserve_backend.flux.lora.adapters import Adapters
 from genserve_backend.flux.preview import Previewer
 from genserve_backend.flux.prompts import PromptEncoder
 from genserve_backend.flux.report import Reporter
@@ -53,21 +54,27 @@ def assemble(
 
     `step_cache` replaces the method of skipping steps that the settings choose.
     """
+    adapters = Adapters(pipeline, settings)
     denoiser = Denoiser(
         pipeline,
         max_sequence_length=checkpoint.max_sequence_length,
+        adapters=adapters,
         step_cache=step_cache or choose_step_cache(checkpoint, settings.cache_method),
     )
     decoder = Decoder(pipeline, model=checkpoint.name, archive=ImageArchive(settings.save_test_images))
     log(logger, logging.INFO, "flux loaded", model=checkpoint.name, device=denoiser.device, dtype=denoiser.dtype)
     return FluxEngine(
         encoder=PromptEncoder(
-            pipeline, max_sequence_length=checkpoint.max_sequence_length, cache_bytes=settings.prompt_cache_bytes
+            pipeline,
+            max_sequence_length=checkpoint.max_sequence_length,
+            cache_bytes=settings.prompt_cache_bytes,
+            adapters=adapters,
         ),
         scheduler=Scheduler(pipeline.scheduler),
         denoiser=denoiser,
         decoder=decoder,
-        reporter=Reporter(Previewer(pipeline), decoder, device=denoiser.device, emit=emit),
+        adapters=adapters,
+        reporter=Reporter(Previewer(pipeline), decoder, adapters, device=denoiser.device, emit=emit),
         intake=Intake(
             max_running=settings.max_running,
             max_tokens=settings.max_batched_tokens,

@@ -14,6 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 from genserve_backend.devices import copy_together, move, record_event
 from genserve_backend.flux.attention import RaggedAttention, complex_rotation, real_rotation
 from genserve_backend.flux.forward import Context, Forward, States
+from genserve_backend.flux.lora.adapters import Adapters
+from genserve_backend.flux.lora.cache import Combination
 from genserve_backend.flux.schedule import SCHEDULES_KEPT, Schedule
 from genserve_backend.flux.state import ImageState
 from genserve_backend.flux.step_cache import BlocksOutput, CachedRow, NoCache, Residual, StepCache
@@ -40,11 +42,17 @@ class Denoiser:
     Args:
         pipeline: The pipeline with the transformer, whose attention is replaced.
         max_sequence_length: T5 tokens of each prompt.
+        adapters: Adapters of the transformer, if any are served.
         step_cache: Method of skipping steps; none by default.
     """
 
     def __init__(
-        self, pipeline: FluxPipeline, *, max_sequence_length: int, step_cache: StepCache | None = None
+        self,
+        pipeline: FluxPipeline,
+        *,
+        max_sequence_length: int,
+        adapters: Adapters | None = None,
+        step_cache: StepCache | None = None,
     ) -> None:
         self._pipeline = pipeline
         self._transformer = pipeline.transformer
@@ -52,7 +60,7 @@ class Denoiser:
         # These properties of the transformer go through all its weights, which takes milliseconds.
         self.device: torch.device = self._transformer.device
         self.dtype: torch.dtype = self._transformer.dtype
-        self._forward = Forward(self._transformer)
+        self._forward = Forward(self._transformer, adapters)
         self._no_cache = NoCache()
         self._step_cache = step_cache or self._no_cache
         self._text_length = max_sequence_length
@@ -109,6 +117,7 @@ class Denoiser:
     def _velocities(self, batch: Batch) -> tuple[torch.Tensor, BlocksOutput]:
         """Return the velocities with guidance applied, ``[images, tokens, 64]``, and the blocks' output."""
         forward = self._forward
+        forward.select_adapters(batch.adapters)
         image = forward.embed_image(batch.expand(batch.latents))
         conditioning = forward.embed_conditioning(
             batch.expand(batch.timesteps().to(self.dtype) / 1000),
@@ -116,7 +125,7 @@ class Denoiser:
             batch.pooled,
         )
         states = States(image, forward.embed_text(batch.text))
-        context = Context(conditioning, batch.rotation, batch.mask)
+        context = Context(conditioning, batch.rotation, batch.mask, batch.adapters)
         rows = batch.rows()
         cache = self._step_cache if any(row.threshold for row in rows) else self._no_cache
         output = cache.run(forward, states, context, rows)
@@ -174,6 +183,11 @@ class Batch:
         self._true_cfg = self._column([images[index].request.true_cfg_scale for index in guided])
         self.latents = pad_sequence([image.latents for image in images], batch_first=True)
         self.rotation, self.mask = self._positions(rotations)
+
+    @property
+    def adapters(self) -> list[Combination | None]:
+        """Adapters of each batch row. The images hold them, so that an image that ends frees them."""
+        return [image.adapters for image in self._images] + [image.adapters for image in self._images if image.negative]
 
     def matches(self, images: Sequence[ImageState]) -> bool:
         """Return whether a new batch for `images` would be the same."""

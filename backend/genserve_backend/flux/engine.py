@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from weakref import WeakValueDictionary
 
 import torch
@@ -18,7 +19,9 @@ from genserve_backend.flux.admission import Intake, assign_slots
 from genserve_backend.flux.batching import choose
 from genserve_backend.flux.decode import Decoder
 from genserve_backend.flux.denoise import Denoiser, Stepped
-from genserve_backend.flux.prompts import Embedding, PromptEncoder
+from genserve_backend.flux.lora.adapters import Adapters
+from genserve_backend.flux.lora.cache import Combination
+from genserve_backend.flux.prompts import Embedding, Prompt, PromptEncoder
 from genserve_backend.flux.report import Reporter
 from genserve_backend.flux.schedule import Scheduler
 from genserve_backend.flux.state import ImageState
@@ -34,6 +37,14 @@ OUT_OF_MEMORY_S = 60.0
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """Message: the adapters of an image are in host memory, or cannot be used."""
+
+    job_id: int
+    adapters: Combination | RequestError
+
+
 class FluxEngine:
     """Text-to-image engine that denoises many images at a time.
 
@@ -42,6 +53,7 @@ class FluxEngine:
         scheduler: Plans the steps of an image.
         denoiser: Runs the steps.
         decoder: Turns final latents into answers.
+        adapters: Loads the adapters of requests.
         reporter: Reports progress, previews and metrics.
         intake: Decides how many requests to grant.
         settings: The limits.
@@ -55,6 +67,7 @@ class FluxEngine:
         scheduler: Scheduler,
         denoiser: Denoiser,
         decoder: Decoder,
+        adapters: Adapters,
         reporter: Reporter,
         intake: Intake,
         settings: FluxSettings,
@@ -64,14 +77,17 @@ class FluxEngine:
         self._scheduler = scheduler
         self._denoiser = denoiser
         self._decoder = decoder
+        self._adapters = adapters
         self._reporter = reporter
         self._intake = intake
         self._settings = settings
         self._max_padding = settings.padding_limit(denoiser.device.type)
         self._emit = emit
-        self._inbox: Inbox[ImageState | Cancel] = Inbox()
+        self._inbox: Inbox[ImageState | Cancel | Loaded] = Inbox()
         self._jobs: WeakValueDictionary[int, Job] = WeakValueDictionary()  # includes the images that are being decoded
         self._images: dict[int, ImageState] = {}
+        self._loading: dict[int, ImageState] = {}
+        """Images whose adapters are not loaded yet. Nobody waits for them."""
         self._running: list[ImageState] = []
         self._waiting: list[ImageState] = []
         self._tick = 0
@@ -115,7 +131,8 @@ class FluxEngine:
         """Ask for as many requests as there is room for."""
         # Images that wait for the decoder hold no slot, but their number has to be bounded.
         if self._decoder.pending <= self._settings.max_running:
-            count = self._intake.grant(self._running, self._waiting, tick=self._tick)
+            waiting = [*self._waiting, *self._loading.values()]
+            count = self._intake.grant(self._running, waiting, tick=self._tick)
             if count:
                 self._emit(Grant(count))
 
@@ -125,13 +142,34 @@ class FluxEngine:
                 self._intake.arrived()
                 message.ran_at = self._tick
                 self._jobs[message.job.id] = message.job
-                self._images[message.job.id] = message
+                if message.request.lora:
+                    self._load(message)
+                else:
+                    self._images[message.job.id] = message
+            elif isinstance(message, Loaded):
+                self._loaded(message)
             elif job := self._jobs.get(message.job_id):
                 job.cancel()
 
+    def _load(self, image: ImageState) -> None:
+        """Load the adapters of a request in another thread. Until then it takes no part in anything."""
+        self._loading[image.job.id] = image
+        inbox, job_id = self._inbox, image.job.id
+        self._adapters.load(image.request.lora, lambda adapters: inbox.put(Loaded(job_id, adapters)))
+
+    def _loaded(self, message: Loaded) -> None:
+        image = self._loading.pop(message.job_id, None)
+        if image is None:  # it was cancelled meanwhile
+            return
+        self._images[message.job_id] = image
+        if isinstance(message.adapters, RequestError):
+            self._fail(image, message.adapters)
+        else:
+            image.adapters = message.adapters
+
     def _drop_stopped(self) -> None:
         """Fail cancelled and late requests."""
-        for image in list(self._images.values()):
+        for image in [*self._images.values(), *self._loading.values()]:
             if error := image.job.stop_reason():
                 self._fail(image, error)
 
@@ -159,11 +197,12 @@ class FluxEngine:
         if not newcomers:
             return
         started = time.monotonic()
-        embeddings, failed = self._encoder.encode(text for image in newcomers for text in image.prompts)
+        newcomers = [image for image in newcomers if self._place_adapters(image)]
+        embeddings, failed = self._encoder.encode(prompt for image in newcomers for prompt in image.prompts)
         encoded = time.monotonic()
         self._reporter.encoded(encoded - started)
         for image in newcomers:
-            error = next((failed[text] for text in image.prompts if text in failed), None)
+            error = next((failed[prompt] for prompt in image.prompts if prompt in failed), None)
             if error is None:
                 error = self._initialize(image, embeddings)
             if error:
@@ -173,7 +212,14 @@ class FluxEngine:
             image.encode_s, image.denoise_started = encoded - started, encoded
             image.job.progress(0, image.request.steps)
 
-    def _initialize(self, image: ImageState, embeddings: dict[str, Embedding]) -> RequestError | None:
+    def _place_adapters(self, image: ImageState) -> bool:
+        """Copy the adapters of an image to the device; fail the image if that fails."""
+        error = self._adapters.place(image.adapters) if image.adapters else None
+        if error:
+            self._fail(image, error)
+        return error is None
+
+    def _initialize(self, image: ImageState, embeddings: dict[Prompt, Embedding]) -> RequestError | None:
         """Plan the steps of an image and set its first latents; return the error if that fails."""
 
         def noise(_: Sequence[ImageState]) -> list[torch.Tensor]:
@@ -184,8 +230,9 @@ class FluxEngine:
         if failed:
             return failed[image]
         image.latents = latents[image]
-        image.prompt = embeddings[image.request.prompt]
-        image.negative = embeddings[image.request.negative_prompt] if image.request.guided else None
+        prompts = image.prompts
+        image.prompt = embeddings[prompts[0]]
+        image.negative = embeddings[prompts[1]] if image.request.guided else None
         return None
 
     def _step(self) -> None:
@@ -211,6 +258,7 @@ class FluxEngine:
         try:
             outputs = self._denoiser.step(images)
         except torch.OutOfMemoryError:
+            self._adapters.release()
             if len(images) > 1:
                 self._max_tokens = sum(image.cost for image in images) // 2
                 self._max_tokens_until = time.monotonic() + OUT_OF_MEMORY_S
@@ -234,8 +282,11 @@ class FluxEngine:
         image.job.fail(error)
 
     def _forget(self, image: ImageState) -> None:
-        del self._images[image.job.id]
+        self._images.pop(image.job.id, None)
+        self._loading.pop(image.job.id, None)
         image.residuals = ()  # the denoiser's batch refers to the image until the next step
+        image.adapters = None
+        self._adapters.trim()
         for images in (self._running, self._waiting):
             if image in images:
                 images.remove(image)

@@ -14,6 +14,8 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 from genserve_backend.devices import move
+from genserve_backend.flux.lora.adapters import Adapters
+from genserve_backend.flux.lora.cache import Combination
 
 
 class Rows:
@@ -55,17 +57,26 @@ class Context:
     """``[B or 1, T + S, 1, ...]``, see `flux.attention`."""
     mask: torch.Tensor | None
     """Bool ``[B, 1, 1, T + S]``, false for padding; None without padding."""
+    adapters: Sequence[Combination | None]
+    """Adapters of each row."""
 
 
 class Forward:
     """The parts of a forward.
 
     Args:
-        transformer: Its blocks are called as they are, so they may be compiled, quantised or adapted in place.
+        transformer: Its blocks are called as they are, so they may be compiled, quantized or adapted in place.
+        adapters: Adapters of the transformer, if any are served.
     """
 
-    def __init__(self, transformer: FluxTransformer2DModel) -> None:
+    def __init__(self, transformer: FluxTransformer2DModel, adapters: Adapters | None = None) -> None:
         self._transformer = transformer
+        self._adapters = adapters
+
+    def select_adapters(self, combinations: Sequence[Combination | None]) -> None:
+        """Give the rows of a batch their adapters, before any other part of its forward."""
+        if self._adapters:
+            self._adapters.select(combinations)
 
     def embed_image(self, latents: torch.Tensor) -> torch.Tensor:
         """Return the hidden states of latents, ``[B, S, 64]`` to ``[B, S, D]``."""
@@ -107,6 +118,8 @@ class Forward:
         Returns:
             The output of the last of them, for `rows` only.
         """
+        if rows.index is not None:
+            self.select_adapters([context.adapters[number] for number in rows.numbers])
         image, text = rows.select(states.image), rows.select(states.text)
         conditioning = rows.select(context.conditioning)
         rotation = context.rotation if len(context.rotation) == 1 else rows.select(context.rotation)
@@ -120,6 +133,8 @@ class Forward:
                 image_rotary_emb=None,  # the attention takes `rotation` instead
                 joint_attention_kwargs={"rotation": rotation, "attention_mask": mask},
             )
+        if rows.index is not None:
+            self.select_adapters(context.adapters)  # for the head
         return States(image, text)
 
     def head(self, image: torch.Tensor, conditioning: torch.Tensor) -> torch.Tensor:

@@ -50,9 +50,10 @@ def embedded_settings(image: Image.Image) -> dict[str, Any]:
 def generation_settings(request: FluxRequest, *, model: str, dtype: str) -> dict[str, Any]:
     """Return every setting that plain ``FluxPipeline`` needs to make the same image, except the prompts.
 
-    The cache, which diffusers applies to the transformer, is among them only if it is in use.
+    The cache, which diffusers applies to the transformer, and adapters are among them only if they are in use.
     """
     cache = {"cache": request.cache, "cache_method": request.cache_method} if request.cache else {}
+    adapters = {"lora": [adapter._asdict() for adapter in request.lora]} if request.lora else {}
     return {
         "model": model,
         "seed": request.seed,
@@ -64,4 +65,5 @@ def generation_settings(request: FluxRequest, *, model: str, dtype: str) -> dict
         "max_sequence_length": request.max_sequence_length,
         "dtype": dtype,
         **cache,
+        **adapters,
     }

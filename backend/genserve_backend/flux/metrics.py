@@ -8,6 +8,10 @@ DECODING = Gauge("genserve_decoding", "Images that are being decoded")
 STEPS = Counter("genserve_steps_total", "Denoising steps, counted per image")
 SKIPPED_STEPS = Counter("genserve_skipped_steps_total", "Denoising steps that were skipped, see CACHE")
 PREEMPTIONS = Counter("genserve_preemptions_total", "Times an image lost its slot to a more urgent one")
+ADAPTERS = Gauge("genserve_adapters", "LoRA adapters on the device")
+ADAPTER_BYTES = Gauge("genserve_adapter_bytes", "Device memory of LoRA adapters, with the copies that forwards read")
+ADAPTER_LOADS = Counter("genserve_adapter_loads_total", "Files of LoRA adapters that were loaded")
+ADAPTER_EVICTIONS = Counter("genserve_adapter_evictions_total", "LoRA adapters dropped from device memory")
 ENCODE_SECONDS = stage_seconds("encode")
 DENOISE_SECONDS = stage_seconds("denoise")
 DECODE_SECONDS = stage_seconds("decode")
@@ -19,6 +23,10 @@ METRICS: tuple[Metric, ...] = (
     STEPS,
     SKIPPED_STEPS,
     PREEMPTIONS,
+    ADAPTERS,
+    ADAPTER_BYTES,
+    ADAPTER_LOADS,
+    ADAPTER_EVICTIONS,
     ENCODE_SECONDS,
     DENOISE_SECONDS,
     DECODE_SECONDS,

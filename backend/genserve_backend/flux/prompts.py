@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from cachetools import LRUCache
@@ -12,6 +12,9 @@ from diffusers import FluxPipeline
 
 from genserve_backend.devices import move
 from genserve_backend.errors import RequestError
+from genserve_backend.flux.lora.adapters import Adapters
+from genserve_backend.flux.lora.cache import Combination, Key
+from genserve_backend.flux.lora.key_formats import TEXT_ENCODER
 from genserve_backend.worker.isolate import isolate
 
 MAX_PROMPTS = 16
@@ -33,6 +36,21 @@ class Embedding:
         return int(self.tokens.nbytes + self.pooled.nbytes)
 
 
+class AdaptedPrompt(NamedTuple):
+    """A prompt for a text encoder with adapters."""
+
+    text: str
+    adapters: Combination
+
+
+Prompt: TypeAlias = str | AdaptedPrompt
+
+
+def adapted(text: str, adapters: Combination | None) -> Prompt:
+    """Return the prompt of an image; only adapters of the text encoder make it another one than the text."""
+    return AdaptedPrompt(text, adapters) if adapters and adapters.adapts(TEXT_ENCODER) else text
+
+
 class PromptEncoder:
     """The two text encoders, with a cache of the latest embeddings.
 
@@ -40,41 +58,54 @@ class PromptEncoder:
         pipeline: The pipeline with the encoders and tokenizers.
         max_sequence_length: T5 tokens of a prompt.
         cache_bytes: Limit on the device memory of the cache; eviction is least recently used first.
+        adapters: Adapters of the text encoder, if any are served.
     """
 
-    def __init__(self, pipeline: FluxPipeline, *, max_sequence_length: int, cache_bytes: int) -> None:
+    def __init__(
+        self,
+        pipeline: FluxPipeline,
+        *,
+        max_sequence_length: int,
+        cache_bytes: int,
+        adapters: Adapters | None = None,
+    ) -> None:
         self._pipeline = pipeline
+        self._adapters = adapters
         self._max_sequence_length = max_sequence_length
-        self._cache: LRUCache[str, Embedding] = LRUCache(cache_bytes, getsizeof=lambda embedding: embedding.size)
+        self._cache: LRUCache[str | tuple[str, Key], Embedding] = LRUCache(
+            cache_bytes, getsizeof=lambda embedding: embedding.size
+        )
 
     @property
     def cached_bytes(self) -> int:
         """Device memory that the cache uses."""
         return int(self._cache.currsize)
 
-    def encode(self, texts: Iterable[str]) -> tuple[dict[str, Embedding], dict[str, RequestError]]:
-        """Return the embedding of each text, and the errors of texts that cannot be encoded."""
-        found: dict[str, Embedding] = {}
-        missing: list[str] = []
-        for text in dict.fromkeys(texts):
-            embedding = self._cache.get(text)
+    def encode(self, prompts: Iterable[Prompt]) -> tuple[dict[Prompt, Embedding], dict[Prompt, RequestError]]:
+        """Return the embedding of each prompt, and the errors of those that cannot be encoded."""
+        found: dict[Prompt, Embedding] = {}
+        missing: list[Prompt] = []
+        for prompt in dict.fromkeys(prompts):
+            embedding = self._cache.get(_key(prompt))
             if embedding is None:
-                missing.append(text)
+                missing.append(prompt)
             else:
-                found[text] = embedding
-        failed: dict[str, RequestError] = {}
+                found[prompt] = embedding
+        failed: dict[Prompt, RequestError] = {}
         for first in range(0, len(missing), MAX_PROMPTS):
             encoded, errors = isolate(self._forward, missing[first : first + MAX_PROMPTS], name=_name)
             found |= encoded
             failed |= errors
-            for text, embedding in encoded.items():
+            for prompt, embedding in encoded.items():
                 if embedding.size <= self._cache.maxsize:
-                    self._cache[text] = embedding
+                    self._cache[_key(prompt)] = embedding
         return found, failed
 
-    def _forward(self, texts: Sequence[str]) -> list[Embedding]:
-        """Encode like FluxPipeline's ``encode_prompt``, without its handling of adapters and truncated text."""
-        pipeline, texts = self._pipeline, list(texts)
+    def _forward(self, prompts: Sequence[Prompt]) -> list[Embedding]:
+        """Encode like FluxPipeline's ``encode_prompt``, without its handling of truncated text."""
+        pipeline, texts = self._pipeline, list(map(_text, prompts))
+        if self._adapters:
+            self._adapters.select_texts([None if isinstance(prompt, str) else prompt.adapters for prompt in prompts])
         clip = self._tokenize(pipeline.tokenizer, texts, pipeline.tokenizer_max_length)
         pooled = pipeline.text_encoder(move(clip, pipeline.text_encoder.device)).pooler_output
         t5 = self._tokenize(pipeline.tokenizer_2, texts, self._max_sequence_length)
@@ -91,5 +122,14 @@ class PromptEncoder:
         return ids
 
 
-def _name(text: str) -> str:
-    return f"a prompt of {len(text):,} characters"
+def _text(prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else prompt.text
+
+
+def _key(prompt: Prompt) -> str | tuple[str, Key]:
+    """Return the cache's key, which does not hold the adapters."""
+    return prompt if isinstance(prompt, str) else (prompt.text, prompt.adapters.key(TEXT_ENCODER))
+
+
+def _name(prompt: Prompt) -> str:
+    return f"a prompt of {len(_text(prompt)):,} characters"

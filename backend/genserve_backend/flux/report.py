@@ -12,7 +12,12 @@ import torch
 
 from genserve_backend.devices import limit_threads, memory
 from genserve_backend.flux.decode import Decoder
+from genserve_backend.flux.lora.adapters import Adapters
 from genserve_backend.flux.metrics import (
+    ADAPTER_BYTES,
+    ADAPTER_EVICTIONS,
+    ADAPTER_LOADS,
+    ADAPTERS,
     BATCH_SIZE,
     DECODE_SECONDS,
     DECODING,
@@ -43,13 +48,17 @@ class Reporter:
     Args:
         previewer: Turns latents into small pictures.
         decoder: Its backlog and its seconds are reported.
+        adapters: Their number and their memory are reported.
         device: Its memory is reported.
         emit: Receives the heartbeats.
     """
 
-    def __init__(self, previewer: Previewer, decoder: Decoder, *, device: torch.device, emit: Emit) -> None:
+    def __init__(
+        self, previewer: Previewer, decoder: Decoder, adapters: Adapters, *, device: torch.device, emit: Emit
+    ) -> None:
         self._previewer = previewer
         self._decoder = decoder
+        self._adapters = adapters
         self._device = device
         self._heartbeat_timer = HeartbeatTimer(emit, self._heartbeat)
         self._counts: defaultdict[Counter, float] = defaultdict(float)
@@ -112,13 +121,20 @@ class Reporter:
             RUNNING: self._running,
             WAITING: self._waiting,
             DECODING: self._decoder.pending,
+            ADAPTERS: self._adapters.count,
+            ADAPTER_BYTES: self._adapters.nbytes,
             **memory_gauges(memory(self._device)),
         }
-        counts = {**self._counts, DECODE_SECONDS: self._decoder.pop_seconds()}
+        counts = {
+            **self._counts,
+            DECODE_SECONDS: self._decoder.pop_seconds(),
+            ADAPTER_LOADS: self._adapters.pop_loads(),
+            ADAPTER_EVICTIONS: self._adapters.pop_evictions(),
+        }
         observations = {BATCH_SIZE: tuple(self._batch_sizes)}
         self._counts.clear()
         self._batch_sizes.clear()
-        return Heartbeat(gauges, counts, observations, stalled_s=self._decoder.busy_s())
+        return Heartbeat(gauges, counts, observations, stalled_s=max(self._decoder.busy_s(), self._adapters.busy_s()))
 
 
 def _estimate(image: ImageState) -> torch.Tensor | None:

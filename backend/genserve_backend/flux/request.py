@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import secrets
 from collections.abc import Mapping
@@ -11,10 +10,10 @@ from typing import Any
 
 from genserve_backend.errors import InvalidInput
 from genserve_backend.flux.checkpoint import MAG_RATIOS_FILE, FluxCheckpoint
+from genserve_backend.flux.lora.request import Lora, parse_lora
 from genserve_backend.settings import CacheMethod
 
 MAX_PROMPT_CHARACTERS = 10_000
-MAX_LORA_CHARACTERS = 4_096
 SIZE_MULTIPLE = 16
 """Pixels: the VAE shrinks by 8 and the transformer takes patches of 2."""
 PIXELS_PER_TOKEN = SIZE_MULTIPLE**2
@@ -51,6 +50,8 @@ class FluxRequest:
     """Threshold of skipped steps; 0 skips none."""
     cache_method: CacheMethod = "magcache"
     """Method of skipping steps, which gives the threshold its meaning."""
+    lora: tuple[Lora, ...] = ()
+    """Adapters, none by default."""
 
     @property
     def guided(self) -> bool:
@@ -108,7 +109,6 @@ def parse(
     Raises:
         InvalidInput: A value is out of range; the message names the tensor, the value and what is allowed.
     """
-    _check_lora(values.get("LORA", "[]"))
     height = _size("HEIGHT", values.get("HEIGHT", checkpoint.native_size))
     width = _size("WIDTH", values.get("WIDTH", checkpoint.native_size))
     if height * width > max_pixels:
@@ -136,6 +136,7 @@ def parse(
         max_sequence_length=checkpoint.max_sequence_length,
         cache=_cache(values.get("CACHE", 0.0), checkpoint, cache_method),
         cache_method=cache_method,
+        lora=parse_lora(values.get("LORA", "[]")),
     )
 
 
@@ -169,16 +170,3 @@ def _prompt(tensor: str, value: str, *, minimum: int) -> str:
     if not minimum <= len(value) <= MAX_PROMPT_CHARACTERS:
         raise InvalidInput.of(tensor, f"{len(value):,} characters long", f"{minimum} to {MAX_PROMPT_CHARACTERS:,}")
     return value
-
-
-def _check_lora(text: str) -> None:
-    """Raise InvalidInput for a list that names adapters: they are not served yet, and ignoring them would mislead."""
-    allowed = "[] (adapters are not served)"
-    if len(text) > MAX_LORA_CHARACTERS:
-        raise InvalidInput.of("LORA", text, f"at most {MAX_LORA_CHARACTERS:,} characters")
-    try:
-        adapters = json.loads(text)
-    except (ValueError, RecursionError):
-        raise InvalidInput.of("LORA", text, "a JSON list") from None
-    if adapters != []:
-        raise InvalidInput.of("LORA", text, allowed)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from genserve_backend.flux.prompts import Embedding
+from genserve_backend.flux.lora.cache import Combination
+from genserve_backend.flux.prompts import Embedding, Prompt, adapted
 from genserve_backend.flux.request import FluxRequest
 from genserve_backend.flux.schedule import Schedule
 from genserve_backend.flux.step_cache import Residual
@@ -25,6 +26,9 @@ class ImageState:
     """Completed steps."""
     ran_at: int = 0
     """Engine tick of the last step, or of the arrival."""
+
+    adapters: Combination | None = field(default=None, repr=False)
+    """Set while an image with adapters is in flight: what it holds stays on the device."""
 
     # Set when the image gets its first slot.
     schedule: Schedule = field(init=False, repr=False)
@@ -95,9 +99,10 @@ class ImageState:
         return self.request.steps - self.step
 
     @property
-    def prompts(self) -> list[str]:
-        """Texts to encode."""
-        return [self.request.prompt, self.request.negative_prompt] if self.request.guided else [self.request.prompt]
+    def prompts(self) -> list[Prompt]:
+        """Prompts to encode: the image's, and its negative one with true classifier-free guidance."""
+        texts = [self.request.prompt, self.request.negative_prompt] if self.request.guided else [self.request.prompt]
+        return [adapted(text, self.adapters) for text in texts]
 
     @property
     def name(self) -> str:

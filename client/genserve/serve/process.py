@@ -23,7 +23,7 @@ from genserve_backend.board import BOARD_ENV
 PR_SET_PDEATHSIG = 1  # prctl(2)
 SHM_FOLDER = Path("/dev/shm")  # noqa: S108  # this is where Triton's Python backend keeps its segments
 SHM_PREFIX = "genserve"
-MODEL_PATH_ENVS = ("FLUX_MODEL_PATH", "RERANK_MODEL_PATH")
+MODEL_PATH_ENVS = ("FLUX_MODEL_PATH", "RERANK_MODEL_PATH", "LORA_PATH")
 POLL_S = 0.2
 INDEX_TIMEOUT_S = 5.0
 PROBE_TIMEOUT_S = 1.0
