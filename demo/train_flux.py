@@ -20,6 +20,7 @@ from training.autoencoder import NATIVE_SIZE, AutoencoderPlan, train_autoencoder
 from training.flow import FlowPlan, new_transformer, train_flow
 from training.guidance import GuidancePlan, distill_guidance
 from training.latents import encode, normalize
+from training.lora import SMOKE as SMOKE_LORA
 from training.lora import STYLES, LoraPlan, train_lora
 from training.stage import Session
 from training.text import TextParts, TextPlan, train_text
@@ -44,7 +45,7 @@ SMOKE = Plan(
     text=TextPlan(steps=4, batch=8),
     flow=FlowPlan(steps=4, tokens=4 * 64, pictures={NATIVE: 8, (64, 64): 8}, show=4),
     guidance=GuidancePlan(steps=2, tokens=2 * 64, show=2),
-    lora=LoraPlan(steps=2, tokens=2 * 64, pictures=4, show=2),
+    lora=SMOKE_LORA,
 )
 
 

@@ -1,7 +1,7 @@
 """Training of a style LoRA for the demo's FLUX as it is in `demo/flux`.
 
 ``python demo/train_lora.py blueprint`` resumes an interrupted training, writes `demo/loras/blueprint` at the end, and
-takes some minutes on two CPU cores. It is the last stage of ``train_flux.py``, by itself.
+takes some minutes on two CPU cores. It is a stage of ``train_flux.py``, by itself.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from diffusers import FluxPipeline
 
-from training.lora import STYLES, LoraPlan, train_lora
+from training.lora import SMOKE, STYLES, LoraPlan, train_lora
 from training.stage import Session
 
 HERE = Path(__file__).resolve().parent
@@ -25,15 +25,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=HERE / "out" / "training", help="checkpoints, losses and samples")
     parser.add_argument("--flux", type=Path, default=HERE / "flux", help="checkpoint (default: demo/flux)")
     parser.add_argument("--output", type=Path, help="folder to write (default: demo/loras/STYLE)")
-    parser.add_argument("--steps", type=int, default=LoraPlan.steps, help=f"default: {LoraPlan.steps}")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--smoke", action="store_true", help="a few steps, as a test")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     session = Session(options.work, options.seed, torch.device(options.device))
     pipeline = FluxPipeline.from_pretrained(options.flux, torch_dtype=torch.float32).to(session.device)
     output = options.output or HERE / "loras" / options.style
-    train_lora(session, LoraPlan(steps=options.steps), options.style, pipeline, output)
+    train_lora(session, SMOKE if options.smoke else LoraPlan(), options.style, pipeline, output)
     print(f"wrote {output}")
 
 

@@ -51,6 +51,10 @@ class LoraPlan:
     show: int = 200
 
 
+SMOKE = LoraPlan(steps=2, tokens=2 * 64, pictures=4, show=2)
+"""Plan for tests."""
+
+
 def train_lora(session: Session, plan: LoraPlan, style: Style, pipeline: FluxPipeline, output: Path) -> None:
     """Train a LoRA of a style, or resume; write `output`/pytorch_lora_weights.safetensors. `pipeline` is unchanged.
 
