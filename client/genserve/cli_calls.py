@@ -49,7 +49,7 @@ def _adapter(text: str) -> tuple[str, float]:
         'genserve generate "a blue star" -o star.webp --negative-prompt "a circle" --priority high',
         'genserve generate "a green square" --show',
         'genserve generate "a red circle" -o neon.png --lora neon',
-        'genserve generate "a red circle" -o both.png --lora neon=0.6 --lora blueprint=0.6 --cache 0.1',
+        'genserve generate "a red circle" -o both.png --lora neon=0.6 --lora blueprint=0.6 --cache 0.06',
     )
 )
 @click.argument("prompt")

@@ -219,7 +219,7 @@ def test_adapters_are_sent_and_come_back(visit: Visit, grpc_client: Client) -> N
     visit.fill("something else", lora="", cache="")
     page.get_by_role("button", name="Use settings").click()
     assert [visit.field(name) for name in ("lora", "cache")] == ["neon, blueprint=0.6", "0.125"]
-    page.locator(".tile").get_by_role("button", name="Open").click()
+    page.locator(".tile .open").click()
     shown = page.get_by_role("dialog").locator("dl").inner_text()
     assert "LoRA\nneon, blueprint=0.6" in shown
     page.keyboard.press("Escape")

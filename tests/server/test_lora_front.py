@@ -60,7 +60,7 @@ def test_command_line_takes_adapters(server: Server, tmp_path: Path) -> None:
     assert blue > red + 10, "the inside of the outline is blue"
     refused = server.command("generate", PROMPT, "-o", str(image), "--lora", "no-such", "--url", server.grpc)
     assert refused.returncode == 1
-    assert refused.stderr.startswith("genserve: InvalidInput: LORA ")
+    assert refused.stderr.startswith("genserve: InvalidInput: LORA")
 
 
 def test_gateway_takes_adapters(server: Server, tmp_path: Path) -> None:
