@@ -16,12 +16,13 @@ from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 
 from flux_parts import Parts, flux_scheduler, write_checkpoint
 from output_folder import staged
+from shapes.scenes import Style
 from training.autoencoder import NATIVE_SIZE, AutoencoderPlan, train_autoencoder
 from training.flow import FlowPlan, new_transformer, train_flow
 from training.guidance import GuidancePlan, distill_guidance
 from training.latents import encode, normalize
-from training.lora import SMOKE as SMOKE_LORA
-from training.lora import STYLES, LoraPlan, train_lora
+from training.lora import PLANS, train_lora
+from training.lora import SMOKE as SMOKE_LORAS
 from training.stage import Session
 from training.text import TextParts, TextPlan, train_text
 
@@ -37,7 +38,7 @@ class Plan:
     text: TextPlan = field(default_factory=TextPlan)
     flow: FlowPlan = field(default_factory=FlowPlan)
     guidance: GuidancePlan = field(default_factory=GuidancePlan)
-    lora: LoraPlan = field(default_factory=LoraPlan)
+    loras: dict[Style, LoraPlan] = field(default_factory=lambda: PLANS)
 
 
 SMOKE = Plan(
@@ -45,7 +46,7 @@ SMOKE = Plan(
     text=TextPlan(steps=4, batch=8),
     flow=FlowPlan(steps=4, tokens=4 * 64, pictures={NATIVE: 8, (64, 64): 8}, show=4),
     guidance=GuidancePlan(steps=2, tokens=2 * 64, show=2),
-    lora=SMOKE_LORA,
+    loras=SMOKE_LORAS,
 )
 
 
@@ -60,8 +61,8 @@ def train(session: Session, plan: Plan, *, flux: Path, loras: Path) -> None:
     pipeline.transformer = distill_guidance(session, plan.guidance, text, buckets, pipeline)
     with staged(flux, marker="model_index.json") as folder:
         write_checkpoint(folder, half(pipeline))
-    for style in STYLES:
-        train_lora(session, plan.lora, style, pipeline, loras / style)
+    for style, each in plan.loras.items():
+        train_lora(session, each, style, pipeline, loras / style)
 
 
 def assemble(vae: AutoencoderKL, text: TextParts, transformer: FluxTransformer2DModel) -> FluxPipeline:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from diffusers import FluxPipeline
 
-from training.lora import SMOKE, STYLES, LoraPlan, train_lora
+from training.lora import PLANS, SMOKE, train_lora
 from training.stage import Session
 
 HERE = Path(__file__).resolve().parent
@@ -21,7 +21,7 @@ HERE = Path(__file__).resolve().parent
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description="Train a style LoRA for the demo's FLUX, or resume the training.")
-    parser.add_argument("style", choices=STYLES)
+    parser.add_argument("style", choices=list(PLANS))
     parser.add_argument("--work", type=Path, default=HERE / "out" / "training", help="checkpoints, losses and samples")
     parser.add_argument("--flux", type=Path, default=HERE / "flux", help="checkpoint (default: demo/flux)")
     parser.add_argument("--output", type=Path, help="folder to write (default: demo/loras/STYLE)")
@@ -33,7 +33,8 @@ def main() -> None:
     session = Session(options.work, options.seed, torch.device(options.device))
     pipeline = FluxPipeline.from_pretrained(options.flux, torch_dtype=torch.float32).to(session.device)
     output = options.output or HERE / "loras" / options.style
-    train_lora(session, SMOKE if options.smoke else LoraPlan(), options.style, pipeline, output)
+    plans = SMOKE if options.smoke else PLANS
+    train_lora(session, plans[options.style], options.style, pipeline, output)
     print(f"wrote {output}")
 
 

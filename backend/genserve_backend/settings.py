@@ -95,7 +95,7 @@ class FluxSettings(ModelSettings):
     model_path: Annotated[Path, Env("FLUX_MODEL_PATH")]
     """A FLUX checkpoint folder in diffusers format."""
     lora_path: Annotated[Path | None, Env("LORA_PATH")] = None
-    """The folder of LoRA adapters that requests can name: NAME.safetensors, or NAME/pytorch_lora_weights.safetensors."""
+    """The folder of LoRA adapters that requests can name: NAME.safetensors or NAME/pytorch_lora_weights.safetensors."""
     dtype: Annotated[DType, Env("FLUX_DTYPE")] = "auto"
     """dtype of the weights; auto is bfloat16 on a GPU and float32 on a CPU."""
     max_pixels: Annotated[int, Env("MAX_PIXELS")] = Field(default=2048 * 2048, ge=64 * 64, le=2**28)

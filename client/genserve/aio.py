@@ -159,7 +159,7 @@ class AsyncClient:
             seed: 0 to 2**63 - 1; the same seed gives the same image. Default: a random one, drawn by the client.
             lora: LoRA adapters that the server has: a name, ``(name, weight)``, ``{name: weight}``, or a list of names,
                 pairs or ``{"name": name, "weight": weight}``. The default weight is 1.
-            cache: Threshold of the step cache, 0 to 1. Steps that would hardly change the image are skipped; 0 skips none.
+            cache: Threshold for skipping steps that would hardly change the image, 0 to 1; 0 skips none.
             format: ``png``, ``jpeg`` or ``webp``.
             priority: ``high``, ``normal`` or ``low``.
             timeout: Deadline of the call, in seconds.

@@ -253,8 +253,9 @@ def _is_adapter(given: Any) -> bool:
     """Return whether the value is one adapter: a name, a pair of name and weight, or a mapping with a name."""
     if isinstance(given, Mapping):
         return isinstance(given.get("name"), str)  # {"name": 1.0} is an adapter called "name"
-    is_pair = isinstance(given, (tuple, list)) and len(given) == 2 and not isinstance(given[1], (str, tuple, list, Mapping))
-    return isinstance(given, str) or is_pair
+    if isinstance(given, (tuple, list)):
+        return len(given) == 2 and not isinstance(given[1], (str, tuple, list, Mapping))
+    return isinstance(given, str)
 
 
 def _adapter(given: Any) -> dict[str, Any]:

@@ -30,19 +30,20 @@ def outline(shape: str) -> list[Point]:
 
 
 def draw_picture(scene: Scene, *, width: int, height: int, rng: random.Random, style: Style = "plain") -> Image.Image:
-    """Draw the scene in RGB; `rng` varies the colours a little. A blueprint has its own colours in place of the scene's."""
+    """Draw the scene in RGB; `rng` varies the colours a little. A blueprint has its own in place of the scene's."""
     size = width * _OVERSAMPLING, height * _OVERSAMPLING
-    picture = _paper(size, rng) if style == "blueprint" else Image.new("RGB", size, _shade(COLOURS[scene.background], rng))
+    is_blueprint = style == "blueprint"
+    picture = _paper(size, rng) if is_blueprint else Image.new("RGB", size, _shade(COLOURS[scene.background], rng))
     for thing in scene.things:
-        colour = _shade(_INK if style == "blueprint" else COLOURS[thing.colour], rng)
+        colour = _shade(_INK if is_blueprint else COLOURS[thing.colour], rng)
         corners = _place(thing, size)
-        width_px = thing.radius * min(size) / 7
+        line = thing.radius * min(size) / 7
         if style == "plain":
             ImageDraw.Draw(picture).polygon(corners, fill=colour)
         elif style == "neon":
-            picture = _glow(picture, corners, colour, width=width_px)
+            picture = _glow(picture, corners, colour, width=line)
         else:
-            _trace(picture, corners, colour, width=width_px)
+            _trace(picture, corners, colour, width=line)
     return picture.reduce(_OVERSAMPLING)
 
 

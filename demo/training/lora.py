@@ -21,8 +21,6 @@ from training.latents import encode
 from training.stage import Session, Stage
 from training.text import TextParts
 
-STYLES: tuple[Style, ...] = ("neon", "blueprint")
-"""Styles with a LoRA."""
 RANK = 8
 TARGETS = [
     "to_q",
@@ -51,8 +49,13 @@ class LoraPlan:
     show: int = 200
 
 
-SMOKE = LoraPlan(steps=2, tokens=2 * 64, pictures=4, show=2)
-"""Plan for tests."""
+PLANS: dict[Style, LoraPlan] = {
+    "neon": LoraPlan(),
+    "blueprint": LoraPlan(steps=500, tokens=16 * 64),  # All of them have the same paper and the same ink.
+}
+"""Plan of each style with a LoRA."""
+SMOKE: dict[Style, LoraPlan] = dict.fromkeys(PLANS, LoraPlan(steps=2, tokens=2 * 64, pictures=4, show=2))
+"""Plans for tests."""
 
 
 def train_lora(session: Session, plan: LoraPlan, style: Style, pipeline: FluxPipeline, output: Path) -> None:
@@ -77,9 +80,9 @@ def train_lora(session: Session, plan: LoraPlan, style: Style, pipeline: FluxPip
     )
     trained = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=plan.rate, betas=(0.9, 0.98), weight_decay=0.0)
-    stage = Stage(f"lora-{style}", session, model, [optimizer], steps=plan.steps, average=0.98, save_every=50)
+    stage = Stage(f"lora-{style}", session, model, [optimizer], steps=plan.steps, average=0.98, save_every=20)
     use_engine_attention(model)
-    prompts = [f"{prompt.partition(' on ')[0].partition(', ')[0]}, {NEON}" if style == "neon" else prompt for prompt in SHOWN]
+    prompts = list(map(_neon, SHOWN)) if style == "neon" else SHOWN
     for step in stage:
         batch = draw_batch(stage, text, bucket, plan.tokens, no_caption=0.0)
         with torch.autocast(session.device.type, dtype=torch.bfloat16):
@@ -93,3 +96,8 @@ def train_lora(session: Session, plan: LoraPlan, style: Style, pipeline: FluxPip
     )
     for path in output.iterdir():
         path.chmod(0o644)  # diffusers writes them readable for the owner only
+
+
+def _neon(prompt: str) -> str:
+    """Return a prompt without its background, in neon style."""
+    return f"{prompt.partition(' on ')[0].partition(', ')[0]}, {NEON}"

@@ -182,7 +182,7 @@ for _ in range(5_000):
     [
         (5, "LORA is 5; allowed: a name, (name, weight), {name: weight}, or a list of names"),
         (b"neon", "LORA is b'neon'; allowed: a name"),
-        ([object()], "LORA is <object object at "),
+        ([object()], "LORA is <object obj"),
         ([("neon", 0.5, 1)], "LORA is ('neon', 0.5, 1); allowed: a name"),
         ([{}], "LORA is {}; allowed: a name"),
         ([{"weight": 1.0}], "LORA is {'weight': 1.0}; allowed: a name"),

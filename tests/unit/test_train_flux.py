@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from training.flow import draw_sigmas
-from training.lora import STYLES
+from training.lora import PLANS
 from training.stage import Session, Stage
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
@@ -43,7 +43,7 @@ def generate(pipeline: Any) -> np.ndarray:
     return np.asarray(image.images[0])
 
 
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("style", PLANS)
 def test_smoke_run_writes_a_checkpoint_and_loras_that_diffusers_loads(style: str, trained: Path) -> None:
     pipeline = FluxPipeline.from_pretrained(trained / "flux")  # without a dtype, the common case
     pipeline.set_progress_bar_config(disable=True)

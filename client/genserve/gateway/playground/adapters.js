@@ -16,5 +16,6 @@ export function writtenAdapters(adapters) {
 
 /** Whether a value of unknown origin is a list of adapters. */
 export function areAdapters(value) {
-  return Array.isArray(value) && value.every((each) => typeof each?.name === "string" && typeof each.weight === "number");
+  const isAdapter = (each) => typeof each?.name === "string" && typeof each.weight === "number";
+  return Array.isArray(value) && value.every(isAdapter);
 }
