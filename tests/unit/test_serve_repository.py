@@ -263,6 +263,16 @@ def test_relative_model_path_becomes_absolute(rendered: Rendered, tmp_path: Path
     assert config.parameters["model_path"].string_value == str(tmp_path / "beside" / "flux")
 
 
+def test_relative_lora_path_becomes_absolute(rendered: Rendered, repository: Path, tmp_path: Path) -> None:
+    config = repository / "flux" / "config.pbtxt"
+    config.write_text(config.read_text() + 'parameters [ { key: "lora_path", value: { string_value: "../loras" } } ]')
+    assert rendered("flux").parameters["lora_path"].string_value == str(tmp_path / "loras")
+
+
+def test_adapters_need_no_folder(rendered: Rendered) -> None:
+    assert "lora_path" not in rendered("flux").parameters
+
+
 def test_environment_model_path_becomes_absolute(
     rendered: Rendered, checkpoints: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
