@@ -21,7 +21,7 @@ from training.autoencoder import NATIVE_SIZE, AutoencoderPlan, train_autoencoder
 from training.flow import FlowPlan, new_transformer, train_flow
 from training.guidance import GuidancePlan, distill_guidance
 from training.latents import encode, normalize
-from training.lora import PLANS, train_lora
+from training.lora import PLANS, LoraPlan, train_lora
 from training.lora import SMOKE as SMOKE_LORAS
 from training.stage import Session
 from training.text import TextParts, TextPlan, train_text
