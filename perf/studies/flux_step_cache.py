@@ -25,10 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.command import COUNT, FLUX_CHECKPOINT, SETTINGS, judge, new_table, show
 from gpu.driver import SteppedDriver
 
-DOCUMENTED = ("magcache", 0.06)
+DOCUMENTED = ("magcache", 0.12)
 """Method and threshold of the check."""
 COMPARED = (
-    ("magcache", 0.03),
     ("magcache", 0.06),
     ("magcache", 0.12),
     ("magcache", 0.24),

@@ -53,7 +53,7 @@ def test_same_steps_are_skipped_as_by_diffusers(ratios: list[float], threshold: 
 def test_more_is_skipped_with_a_higher_threshold() -> None:
     skipped = [sum(plan_skips(RATIOS, 28, threshold)) for threshold in (0.0, 0.03, 0.06, 0.12, 0.24)]
     assert skipped == sorted(skipped)
-    assert skipped[-1] > skipped[1] > 0
+    assert skipped[1:3] + skipped[4:] == [11, 14, 17]  # docs/operating.md names them
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 28, 100])
