@@ -75,8 +75,8 @@ class SimulatedDecoder(Decoder):
     """VAE that turns latents into a picture."""
 
     def __init__(self, *, model: str, archive: ImageArchive) -> None:
-        pipeline = SimpleNamespace(vae=SimpleNamespace(device=DEVICE), transformer=SimpleNamespace(dtype=DTYPE))
-        super().__init__(pipeline, model=model, archive=archive)
+        pipeline = SimpleNamespace(vae=None, transformer=SimpleNamespace(device=DEVICE))
+        super().__init__(pipeline, model=model, dtype=str(DTYPE).removeprefix("torch."), archive=archive)
 
     def _pictures(self, images: Sequence[ImageState]) -> list[Image.Image]:
         return [_picture(image.latents) for image in images]

@@ -44,6 +44,8 @@ class PromptEncoder:
 
     def __init__(self, pipeline: FluxPipeline, *, max_sequence_length: int, cache_bytes: int) -> None:
         self._pipeline = pipeline
+        # The encoders' weights may be in host memory between two encodings.
+        self._device: torch.device = pipeline.transformer.device
         self._max_sequence_length = max_sequence_length
         self._cache: LRUCache[str, Embedding] = LRUCache(cache_bytes, getsizeof=lambda embedding: embedding.size)
 
@@ -76,9 +78,9 @@ class PromptEncoder:
         """Encode like FluxPipeline's ``encode_prompt``, without its handling of adapters and truncated text."""
         pipeline, texts = self._pipeline, list(texts)
         clip = self._tokenize(pipeline.tokenizer, texts, pipeline.tokenizer_max_length)
-        pooled = pipeline.text_encoder(move(clip, pipeline.text_encoder.device)).pooler_output
+        pooled = pipeline.text_encoder(move(clip, self._device)).pooler_output
         t5 = self._tokenize(pipeline.tokenizer_2, texts, self._max_sequence_length)
-        tokens = pipeline.text_encoder_2(move(t5, pipeline.text_encoder_2.device))[0]
+        tokens = pipeline.text_encoder_2(move(t5, self._device))[0]
         # Copies: a cached view would keep the memory of the whole batch.
         return [Embedding(*pair) for pair in zip(map(torch.clone, tokens), map(torch.clone, pooled), strict=True)]
 
