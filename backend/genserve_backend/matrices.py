@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 LEVELS = 127
 """Largest int8 value in use."""
@@ -37,12 +36,10 @@ def has_onednn() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
-def multiply(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
-    """Return ``input @ weight.T + bias`` for weights that are not packed, by oneDNN where it is faster."""
-    if input.device.type == "cpu" and input.dtype == torch.float32 and has_onednn():
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
-        return product
-    return functional.linear(input, weight, bias)
+def onednn_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
+    """Return ``input @ weight.T + bias`` in float32 for weights that are packed or not. Requires `has_onednn`."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+    return product
 
 
 def has_int8() -> bool:
@@ -66,8 +63,7 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Return the product."""
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
-        return product
+        return onednn_linear(input, self.weight, self.bias)
 
 
 class Int8Linear(nn.Module):

@@ -281,11 +281,15 @@ def weights_dtype(dtype: FluxDType | RerankDType, device: str) -> WeightsDType:
 
     Quantized weights are made from those in another dtype: fp8 from bfloat16, int8 from float32, int8wo from auto's.
     """
-    if dtype in ("auto", "int8wo"):
-        return "bfloat16" if device.startswith("cuda") else "float32"
-    if dtype == "fp8":
-        return "bfloat16"
-    return "float32" if dtype == "int8" else dtype
+    match dtype:
+        case "auto" | "int8wo":
+            return "bfloat16" if device.startswith("cuda") else "float32"
+        case "fp8":
+            return "bfloat16"
+        case "int8":
+            return "float32"
+        case _:
+            return dtype
 
 
 def load(

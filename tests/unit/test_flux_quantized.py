@@ -70,6 +70,17 @@ def test_small_weights_keep_their_scale(kind: type[QuantizedLinear], dtype: torc
     assert (kind(plain)(inputs).float() - expected).norm() < 2 * tolerance * expected.norm()
 
 
+@pytest.mark.parametrize(("kind", "dtype"), [(Float8Linear, torch.bfloat16), (Int8WeightLinear, torch.bfloat16)])
+@torch.inference_mode()
+def test_layer_is_one_graph_of_any_number_of_rows(kind: type[QuantizedLinear], dtype: torch.dtype) -> None:
+    """In inference mode, where tensor subclasses and compilers disagree."""
+    layer = kind(linear(dtype))
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (3, 5, 8):
+        inputs = torch.randn(2, rows, 48, dtype=dtype)
+        torch.testing.assert_close(compiled(inputs), layer(inputs))
+
+
 @torch.inference_mode()
 def test_float8_rows_are_independent() -> None:
     layer = Float8Linear(linear(torch.bfloat16))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.functional import ScalingType
 
-from genserve_backend.matrices import multiply
+from genserve_backend.matrices import has_onednn, onednn_linear
 
 FLOAT8 = torch.float8_e4m3fn
 FLOAT8_LARGEST = 448.0
@@ -82,7 +82,14 @@ class Int8WeightLinear(QuantizedLinear):
     """Weights in int8 with one scale per output, multiplied in the dtype of the input.
 
     For memory: products are as fast as without, less the time to convert the weights.
+
+    Args:
+        plain: The layer to replace; it must not be used afterwards.
     """
+
+    def __init__(self, plain: nn.Linear) -> None:
+        super().__init__(plain)
+        self._has_onednn = has_onednn()
 
     @staticmethod
     def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,7 +103,10 @@ class Int8WeightLinear(QuantizedLinear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Return the product."""
-        return multiply(input, self.weight * self.scale, self.bias)
+        weight = self.weight * self.scale
+        if self._has_onednn and input.device.type == "cpu" and input.dtype == torch.float32:
+            return onednn_linear(input, weight, self.bias)
+        return functional.linear(input, weight, self.bias)
 
 
 def to_float8(rows: Tensor) -> tuple[Tensor, Tensor]:
