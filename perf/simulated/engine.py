@@ -41,7 +41,8 @@ class SimulatedEncoder(PromptEncoder):
     """Text encoders that return the digest of a prompt."""
 
     def __init__(self, *, cache_bytes: int) -> None:
-        super().__init__(None, max_sequence_length=0, cache_bytes=cache_bytes)
+        pipeline = SimpleNamespace(transformer=SimpleNamespace(device=DEVICE))
+        super().__init__(pipeline, max_sequence_length=0, cache_bytes=cache_bytes)
 
     def _forward(self, texts: Sequence[str]) -> list[Embedding]:
         return [Embedding(_numbers(prompt_bytes(text)), torch.zeros(1)) for text in texts]
