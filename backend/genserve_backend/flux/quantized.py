@@ -1,8 +1,8 @@
 """Quantized linear layers for FLUX: float8 products, and int8 weights.
 
 torchao's layers call the same operator of torch for float8. These here hold plain tensors instead of subclasses, so
-they work under `torch.inference_mode`, can be compiled, and can be copied between host and device by `offload`.
-`matrices.Int8Linear` is the form for CPUs.
+they work under `torch.inference_mode`, can be compiled, and can be copied between host and device by `offload`; and
+diffusers imports torchao at every start if it is installed. `matrices.Int8Linear` is the form for CPUs.
 """
 
 from __future__ import annotations
