@@ -27,10 +27,12 @@ sys.modules.setdefault("triton_python_backend_utils", types.ModuleType("triton_p
 from genserve import errors as client_errors
 from genserve.protocol import MAX_TASK_ID_CHARACTERS
 from genserve.retry import Deadline, Retries
+from genserve.serve.flux_memory import describe
 from genserve.types import InstanceLoad, Setting
 from genserve_backend import errors as backend_errors
 from genserve_backend.adapter.metrics import INSTANCE_METRICS
 from genserve_backend.adapter.reply import CODES
+from genserve_backend.flux import memory as flux_memory
 from genserve_backend.flux import request as flux
 from genserve_backend.flux.lora.request import MAX_ADAPTERS, MAX_WEIGHT
 from genserve_backend.flux.metrics import METRICS as FLUX_METRICS
@@ -293,6 +295,32 @@ def sizes() -> str:
     return table(("MODEL_SIZE", "MAX_NUM_SEQS", "MAX_NUM_BATCHED_TOKENS on a GPU (CPU)", "prefix_cache_bytes"), rows)
 
 
+CARDS_GIB = (12, 16, 24, 48, 80)
+"""GPU memory in the table of FLUX.1-dev's memory."""
+
+
+def memory_table() -> str:
+    """Return the table of the settings with which FLUX.1-dev fits into a GPU, and its memory in GiB."""
+    sizes, plain = flux_memory.flux_1_dev(), FluxSettings(model_path=Path("model"))
+
+    def gib(size: int) -> str:
+        return f"{size / 2**30:.1f}"
+
+    rows = []
+    for card in CARDS_GIB:
+        fits = flux_memory.need(sizes, plain, "cuda").total <= card * 2**30
+        changes = {} if fits else flux_memory.advise(sizes, plain, "cuda", memory=card * 2**30)
+        if changes is None:
+            rows.append((f"{card} GB", "none", *("",) * 5))
+            continue
+        need = flux_memory.need(sizes, plain.model_copy(update=changes), "cuda")
+        settings = f"`{describe(changes)}`" if changes else "the defaults"
+        rows.append(
+            (f"{card} GB", settings, *map(gib, (need.weights, need.passing, need.forwards, need.total, need.host)))
+        )
+    return table(("GPU", "settings", "weights", "copied for each use", "forwards", "together", "host memory"), rows)
+
+
 def metrics() -> str:
     """Return the table of the metrics that the models add to Triton's."""
     models: dict[tuple[str, str, str], list[str]] = {}
@@ -341,6 +369,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "queues": queues,
     "errors": errors,
     "settings": lambda: settings(ModelSettings, None),
+    "flux-memory": memory_table,
     "flux-settings": lambda: settings(FluxSettings, "flux"),
     "rerank-settings": lambda: settings(RerankSettings, "rerank"),
     "sizes": sizes,

@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 
 from genserve_backend.board import Memory
-from genserve_backend.settings import RerankDType, weights_dtype
+from genserve_backend.settings import FluxDType, RerankDType, weights_dtype
 
 
-def resolve_dtype(dtype: RerankDType, device: str) -> torch.dtype:
+def resolve_dtype(dtype: FluxDType | RerankDType, device: str) -> torch.dtype:
     """Return the dtype to load weights in, see `settings.weights_dtype`."""
     resolved: torch.dtype = getattr(torch, weights_dtype(dtype, device))
     return resolved

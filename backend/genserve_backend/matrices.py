@@ -22,13 +22,24 @@ def use_packed_matrices(model: nn.Module) -> None:
     Names and arguments of the layers stay the same. Only their layer can use the packed weights; they can no longer be
     trained or saved.
     """
-    if torch.backends.cpu.get_cpu_capability() == "AVX512" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if has_onednn():
         _replace(model, PackedLinear)
 
 
 def use_int8_matrices(model: nn.Module) -> None:
     """Replace the float32 ``nn.Linear`` layers of `model` by `Int8Linear`. Requires `has_int8`."""
     _replace(model, Int8Linear)
+
+
+def has_onednn() -> bool:
+    """Return whether oneDNN's float32 products are available and faster than torch's own."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def onednn_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
+    """Return ``input @ weight.T + bias`` in float32 for weights that are packed or not. Requires `has_onednn`."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+    return product
 
 
 def has_int8() -> bool:
@@ -52,8 +63,7 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Return the product."""
-        product: Tensor = torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
-        return product
+        return onednn_linear(input, self.weight, self.bias)
 
 
 class Int8Linear(nn.Module):

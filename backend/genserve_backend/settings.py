@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 DType = Literal["auto", "float32", "bfloat16", "float16"]
+FluxDType = Literal[DType, "fp8", "int8", "int8wo"]
 RerankDType = Literal[DType, "int8"]
 CacheMethod = Literal["magcache", "first-block"]
 WeightsDType = Literal["float32", "bfloat16", "float16"]
@@ -97,8 +98,17 @@ class FluxSettings(ModelSettings):
     """A FLUX checkpoint folder in diffusers format."""
     lora_path: Annotated[Path | None, Env("LORA_PATH")] = None
     """The folder of LoRA adapters that requests can name: NAME.safetensors or NAME/pytorch_lora_weights.safetensors."""
-    dtype: Annotated[DType, Env("FLUX_DTYPE")] = "auto"
-    """dtype of the weights; auto is bfloat16 on a GPU and float32 on a CPU."""
+    dtype: Annotated[FluxDType, Env("FLUX_DTYPE")] = "auto"
+    """dtype of the weights; auto is bfloat16 on a GPU and float32 on a CPU. The last three are the transformer's only:
+    fp8 for GPUs of capability 8.9, int8 for CPUs with VNNI, and int8wo, int8 weights that are multiplied in auto's
+    dtype."""
+    t5_dtype: Annotated[Literal["auto", "int8wo"], Env("FLUX_T5_DTYPE")] = "auto"
+    """dtype of T5's weights; auto is that of the other weights, int8wo takes half of bfloat16's memory."""
+    offload: Annotated[Literal["none", "idle", "blocks"], Env("FLUX_OFFLOAD")] = "none"
+    """Weights in host memory that are copied to the GPU for each use: idle is the text encoders and the VAE, blocks
+    also the transformer's blocks. Without effect on a CPU."""
+    vae_tiling: Annotated[bool, Env("FLUX_VAE_TILING")] = False
+    """Decode large images in overlapping tiles of half the native size: less memory, slightly different images."""
     cache_method: Annotated[CacheMethod, Env("FLUX_CACHE")] = "magcache"
     """Method of skipping steps for requests with CACHE: magcache decides by the checkpoint's ratios, first-block by the
     change of the first block's output."""
@@ -288,11 +298,20 @@ _CHECKPOINT_FILES = ("config.json", "modules.json")
 SettingsT = TypeVar("SettingsT", bound=ModelSettings)
 
 
-def weights_dtype(dtype: RerankDType, device: str) -> WeightsDType:
-    """Return the dtype to load weights in: auto is bfloat16 on a GPU and float32 on a CPU; int8 starts from float32."""
-    if dtype == "auto":
-        return "bfloat16" if device.startswith("cuda") else "float32"
-    return "float32" if dtype == "int8" else dtype
+def weights_dtype(dtype: FluxDType | RerankDType, device: str) -> WeightsDType:
+    """Return the dtype to load weights in: auto is bfloat16 on a GPU and float32 on a CPU.
+
+    Quantized weights are made from those in another dtype: fp8 from bfloat16, int8 from float32, int8wo from auto's.
+    """
+    match dtype:
+        case "auto" | "int8wo":
+            return "bfloat16" if device.startswith("cuda") else "float32"
+        case "fp8":
+            return "bfloat16"
+        case "int8":
+            return "float32"
+        case _:
+            return dtype
 
 
 def load(

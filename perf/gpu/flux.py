@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from genserve_backend.flux import precision
 from genserve_backend.flux.build import assemble
 from genserve_backend.flux.prompts import PromptEncoder
 from genserve_backend.settings import FluxSettings
@@ -111,6 +112,7 @@ def _assembled(flux: Flux, variant: str, emit: Callable[[Any], None]) -> Any:
     settings = FluxSettings.model_validate(
         {"model_path": flux.checkpoint.path, "max_batched_tokens": 2**17, "max_padding": 10.0, **options}
     )
+    precision.quantize(flux.pipeline, settings, str(flux.pipeline.transformer.device))
     return assemble(flux.pipeline, flux.checkpoint, settings, emit)
 
 

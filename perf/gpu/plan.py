@@ -61,6 +61,8 @@ def flux(choice: Choice) -> list[Part]:
             Part(f"steps-{variant}", "gpu.flux:steps", 160, {"variant": variant}),
             Part(f"images-{variant}", "gpu.flux:images", 120, {"variant": variant}),
         ]
+    if "fp8" not in choice.variants:
+        parts.append(Part("images-fp8", "gpu.flux:images", 100, {"variant": "fp8"}))
     return [*parts, Part("diffusers-compile", "gpu.flux:images", 150, {"beside": "diffusers-compile"})]
 
 

@@ -27,7 +27,7 @@ class Variant:
     """Fallback if the engine lacks these settings: a change to FLUX's pipeline before the engine is built."""
 
     def prepare(self, supported: Container[str], pipeline: Any = None) -> dict[str, Any]:
-        """Return the settings, or apply the fallback.
+        """Return the settings, or apply the fallback and return those that the engine has.
 
         Args:
             supported: Names of the engine's settings.
@@ -39,7 +39,7 @@ class Variant:
         missing = [name for name in self.settings if name not in supported]
         if self.instead and (missing or not self.settings):
             self.instead(pipeline)
-            return {}
+            return {name: value for name, value in self.settings.items() if name in supported}
         if missing:
             raise ValueError(f"the engine has no setting {', '.join(missing)}")
         return dict(self.settings)
@@ -49,6 +49,8 @@ FLUX_VARIANTS: dict[str, Variant] = {
     "eager": Variant(),
     "compile": Variant({"compiled": True}, instead=compile_blocks),
     "compile-by-size": Variant(instead=compile_blocks_by_size),
+    "fp8": Variant({"dtype": "fp8"}),
+    "fp8-compile": Variant({"dtype": "fp8", "compiled": True}, instead=compile_blocks),
 }
 RERANK_VARIANTS: dict[str, Variant] = {
     "eager": Variant({"compiled": False}),

@@ -42,7 +42,8 @@ class SimulatedEncoder(PromptEncoder):
     """Text encoders that return the digest of a prompt."""
 
     def __init__(self, *, cache_bytes: int) -> None:
-        super().__init__(None, max_sequence_length=0, cache_bytes=cache_bytes)
+        pipeline = SimpleNamespace(transformer=SimpleNamespace(device=DEVICE))
+        super().__init__(pipeline, max_sequence_length=0, cache_bytes=cache_bytes)
 
     def _forward(self, prompts: Sequence[Prompt]) -> list[Embedding]:
         texts = (prompt for prompt in prompts if isinstance(prompt, str))  # all of them, without adapters
@@ -77,8 +78,8 @@ class SimulatedDecoder(Decoder):
     """VAE that turns latents into a picture."""
 
     def __init__(self, *, model: str, archive: ImageArchive) -> None:
-        pipeline = SimpleNamespace(vae=SimpleNamespace(device=DEVICE), transformer=SimpleNamespace(dtype=DTYPE))
-        super().__init__(pipeline, model=model, archive=archive)
+        pipeline = SimpleNamespace(vae=None, transformer=SimpleNamespace(device=DEVICE))
+        super().__init__(pipeline, model=model, dtype=str(DTYPE).removeprefix("torch."), archive=archive)
 
     def _pictures(self, images: Sequence[ImageState]) -> list[Image.Image]:
         return [_picture(image.latents) for image in images]

@@ -15,8 +15,10 @@ from genserve_backend.flux import denoise
 from genserve_backend.flux.attention import complex_rotation, real_rotation, rotate
 from genserve_backend.flux.checkpoint import FluxCheckpoint
 from genserve_backend.flux.request import FluxRequest, FluxResult
+from genserve_backend.matrices import has_int8
 from random_flux import write_random_flux
 
+needs_int8 = pytest.mark.skipif(not has_int8(), reason="requires VNNI")
 CASES = {
     "defaults": {},
     "one-step": {"STEPS": 1, "SEED": 0},
@@ -150,6 +152,22 @@ def test_images_do_not_depend_on_their_batch(engine: EngineRun) -> None:
     together = engine.images(*(request for _, request in shuffled))
     for (index, request), image in zip(shuffled, together, strict=True):
         assert same(alone[index], image), request
+
+
+@pytest.mark.parametrize("dtype", [pytest.param("int8", marks=needs_int8), "int8wo"])
+def test_quantized_images_do_not_depend_on_their_batch(
+    dtype: str, checkpoint: FluxCheckpoint, plain: FluxPipeline
+) -> None:
+    engine = EngineRun(checkpoint, dtype=dtype, max_padding=10.0)
+    sizes = [(64, 64), (64, 160), (128, 128)]
+    requests = [
+        engine.parse(PROMPT=f"picture {index}", HEIGHT=height, WIDTH=width, STEPS=4 + index, SEED=index)
+        for index, (height, width) in enumerate([*sizes, *sizes])
+    ]
+    alone = [engine.images(request)[0] for request in requests]
+    for request, one, image in zip(requests, alone, engine.images(*requests), strict=True):
+        assert same(one, image), request
+        assert 0 < np.abs(one - reference(plain, request)).mean() < 20
 
 
 def test_defaults_come_from_the_checkpoint(checkpoint: FluxCheckpoint, engine: EngineRun) -> None:

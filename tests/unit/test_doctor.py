@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from genserve.cli import main
 from genserve.serve import device_memory, load_trial, model_check
 from genserve.serve import doctor as doctor_module
-from genserve.serve.checkpoint_check import check_flux, check_rerank
+from genserve.serve.checkpoint_check import Contents, check_flux, check_rerank
 from genserve.serve.device_memory import Device, find_cpu, find_gpus
 from genserve.serve.doctor import MODELS
 from genserve.serve.finding import Finding, in_units
@@ -29,6 +29,8 @@ from genserve.serve.load_trial import TRIALS, TrialError, try_model
 from genserve.serve.model_check import check_models
 from genserve.serve.options import ServeOptions
 from genserve.serve.repository import CHECKPOINTS
+from genserve.serve.weights import Tensor, Weights
+from genserve_backend.flux.memory import flux_1_dev
 from genserve_backend.settings import FluxSettings, load
 from genserve_backend.worker.link import WORKER_PATH_ENV
 
@@ -36,6 +38,13 @@ ROOT = Path(__file__).parents[2]
 DEMO_FLUX = ROOT / "demo" / "flux"
 OPTIONS = ServeOptions(repository=ROOT / "model_repository")
 GIB = 2**30
+FLUX_1_DEV = {
+    "transformer": {name: size for block in flux_1_dev().transformer.blocks.values() for name, size in block.items()},
+    "text_encoder_2": {name: size for block in flux_1_dev().t5.blocks.values() for name, size in block.items()},
+    "text_encoder": {"clip": flux_1_dev().clip},
+    "vae": {"vae": flux_1_dev().vae},
+}
+"""Tensors in the sizes of FLUX.1-dev's."""
 
 Damage = Callable[[Path], Any]
 
@@ -391,6 +400,70 @@ def test_configured_dtype_counts(flux: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert f"{in_units(check_flux(flux).loaded_bytes('bfloat16'))} in bfloat16" in findings("flux")[-1].detail
 
 
+def test_quantized_and_offloaded_weights_count_as_they_are(flux: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_check, "find_gpus", lambda: [Device("cuda:0", 8 * GIB, 8 * GIB, (8, 9))])
+    whole = check_flux(flux).loaded_bytes("bfloat16")
+    monkeypatch.setenv("FLUX_DTYPE", "fp8")
+    monkeypatch.setenv("FLUX_T5_DTYPE", "int8wo")
+    (finding,) = findings("flux")[1:]
+    assert finding.state == "ok"
+    taken = re.search(r"weights take ([\d.]+) MiB in fp8", finding.detail)
+    assert taken
+    assert whole / 2 < float(taken[1]) * 2**20 < 0.8 * whole
+    monkeypatch.setenv("FLUX_OFFLOAD", "blocks")
+    assert re.search(r"weights take [\d.]+ MiB in fp8, besides [\d.]+ MiB in host memory;", findings("flux")[-1].detail)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "words"),
+    [
+        ("fp8", Device("cuda:0", GIB, GIB, (8, 6)), "FLUX_DTYPE=fp8 needs a GPU of capability 8.9 or higher"),
+        ("fp8", None, "this instance is on cpu"),
+        ("int8", Device("cuda:0", GIB, GIB, (9, 0)), "FLUX_DTYPE=int8 needs a CPU that has VNNI"),
+    ],
+    ids=["fp8-on-an-old-gpu", "fp8-on-a-cpu", "int8-on-a-gpu"],
+)
+def test_dtype_without_its_device_is_reported(
+    dtype: str, device: Device | None, words: str, flux: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_check, "find_gpus", lambda: [device] if device else [])
+    monkeypatch.setenv("FLUX_DTYPE", dtype)
+    (failure,) = failures("flux")
+    assert words in failure
+
+
+def test_small_gpu_gets_the_settings_that_fit(flux: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = {
+        part: Weights([Tensor("BF16", values, name) for name, values in tensors.items()], 1)
+        for part, tensors in FLUX_1_DEV.items()
+    }
+    monkeypatch.setitem(model_check.FILE_CHECKS, "flux", lambda _: Contents(9, weights))
+    config = flux / "transformer" / "config.json"
+    values = json.loads(config.read_text())
+    config.write_text(json.dumps({**values, "num_attention_heads": 24, "attention_head_dim": 128}))
+    vae = flux / "vae" / "config.json"
+    vae.write_text(
+        json.dumps({**json.loads(vae.read_text()), "block_out_channels": [128, 256, 512, 512], "sample_size": 1024})
+    )
+
+    def advice(gib: int, capability: tuple[int, int], **environ: str) -> Finding:
+        monkeypatch.setattr(model_check, "find_gpus", lambda: [Device("cuda:0", gib * GIB, gib * GIB, capability)])
+        for name, value in environ.items():
+            monkeypatch.setenv(name, value)
+        return findings("flux")[-1]
+
+    assert advice(48, (8, 6)).state == "ok"
+    too_small = advice(24, (8, 6))
+    assert too_small.state == "fail"
+    assert "too much for cuda:0 with 24.0 GiB: it fits with FLUX_DTYPE=int8wo FLUX_T5_DTYPE=int8wo" in too_small.detail
+    assert "it fits with FLUX_DTYPE=fp8 FLUX_T5_DTYPE=int8wo" in advice(24, (8, 9)).detail
+    near = advice(32, (9, 0))
+    assert near.state == "warn"
+    assert "with forwards at the limits about" in near.detail
+    assert advice(24, (8, 9), FLUX_DTYPE="fp8", FLUX_T5_DTYPE="int8wo").state == "ok"
+    assert "no setting makes it fit" in advice(2, (8, 9)).detail
+
+
 def test_cpu_has_the_memory_of_the_machine_or_the_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = find_cpu()
     assert cpu.name == "cpu"
@@ -406,7 +479,10 @@ def test_cpu_has_the_memory_of_the_machine_or_the_container(tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("probe", "expected"),
     [
-        ("print('[[1, 2], [3, 4]]')", [Device("cuda:0", 1, 2), Device("cuda:1", 3, 4)]),
+        (
+            "print('[[1, 2, [8, 9]], [3, 4, [9, 0]]]')",
+            [Device("cuda:0", 1, 2, (8, 9)), Device("cuda:1", 3, 4, (9, 0))],
+        ),
         ("print('no JSON')", []),
         ("raise SystemExit('CUDA error')", []),
     ],

@@ -28,6 +28,7 @@ from genserve_backend.flux.metrics import (
     STEPS,
 )
 from genserve_backend.flux.request import FluxResult
+from genserve_backend.matrices import has_int8
 from genserve_backend.worker import engine as worker_engine
 from genserve_backend.worker import scheduling
 from genserve_backend.worker.isolate import DeviceLost
@@ -46,9 +47,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> FluxCheckpoint:
     return FluxCheckpoint.load(path)
 
 
-@pytest.fixture(scope="module")
-def shared(checkpoint: FluxCheckpoint) -> EngineRun:
-    return EngineRun(checkpoint)
+@pytest.fixture(
+    scope="module",
+    params=["float32", pytest.param("int8", marks=pytest.mark.skipif(not has_int8(), reason="requires VNNI"))],
+)
+def shared(request: pytest.FixtureRequest, checkpoint: FluxCheckpoint) -> EngineRun:
+    return EngineRun(checkpoint, dtype=request.param)
 
 
 @pytest.fixture
@@ -97,7 +101,7 @@ def test_result_has_timings(engine: EngineRun) -> None:
     assert min(result.encode_s, result.denoise_s, result.decode_s) > 0
     assert parts == pytest.approx(result.elapsed_time, rel=0.2, abs=0.01)
     assert result.mean_batch_size == 1
-    assert result.dtype == "float32"
+    assert result.dtype == engine.engine._settings.dtype
 
 
 def test_progress_is_reported_at_intervals(engine: EngineRun, monkeypatch: pytest.MonkeyPatch) -> None:

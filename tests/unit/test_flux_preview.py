@@ -113,7 +113,12 @@ class LinearVAE:
 @pytest.fixture(scope="module")
 def linear() -> SimpleNamespace:
     vae = LinearVAE()
-    stand_in = SimpleNamespace(vae=vae, vae_scale_factor=8, _unpack_latents=FluxPipeline._unpack_latents)
+    stand_in = SimpleNamespace(
+        vae=vae,
+        transformer=SimpleNamespace(device="cpu"),
+        vae_scale_factor=8,
+        _unpack_latents=FluxPipeline._unpack_latents,
+    )
     return SimpleNamespace(vae=vae, previewer=Previewer(stand_in))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import threading
@@ -11,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from compare import flux_contenders
 from compare.flux import Result, broken_promises
 from compare.flux_load import STEPS, Load, Request, Timing, drive
+from random_flux import flux_transformer
+from studies.flux_precision import adherence, points_lost, psnr, wide_transformer
 
 PERF = Path(__file__).parents[2] / "perf"
 
@@ -110,3 +114,22 @@ def test_contender_script_prints_its_timing(name: str, tmp_path: Path) -> None:
         [*command, str(tmp_path / "load.json")], capture_output=True, text=True, timeout=100, check=True
     )
     assert Timing.from_json(ended.stdout.strip().rpartition("\n")[2]).count == 2
+
+
+def test_distance_and_loss_of_a_dtype() -> None:
+    black = Image.new("RGB", (4, 4))
+    assert psnr(black, black) == math.inf
+    assert psnr(black, Image.new("RGB", (4, 4), (255, 255, 255))) == 0.0
+    assert psnr(black, Image.new("RGB", (4, 4), (1, 1, 1))) == pytest.approx(48.13, abs=0.01)
+    exact = {"shape": 0.9, "colour": 0.8, "everything": 0.7}
+    assert points_lost(exact, {"shape": 0.88, "colour": 0.9, "everything": 0.7}) == pytest.approx(2.0)
+    shares = adherence([Image.new("RGB", (64, 64), (255, 255, 255))] * 4)
+    assert shares["number"] == shares["shape"] == shares["everything"] == 0.0
+
+
+def test_wide_transformer_takes_the_inputs_of_the_demos() -> None:
+    config = flux_transformer(guidance_embeds=True).config
+    wide = wide_transformer(config, 256)
+    assert (wide.inner_dim, wide.config.attention_head_dim) == (256, 128)
+    assert wide.config.joint_attention_dim == config.joint_attention_dim
+    assert len(wide.transformer_blocks) == config.num_layers

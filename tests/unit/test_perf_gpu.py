@@ -105,6 +105,8 @@ def test_dry_run_has_device_independent_results(dry_runs: dict[str, DryRun]) -> 
     assert all(line["identical"] for line in attention)
     again = [line for line in truth if line["table"] == "images" and line["other"] == "itself again"]
     assert [line["greatest"] for line in again] == [0]
+    images = [line for line in dry_runs["flux"].of(record.RESULT) if line.get("contender") == "engine, fp8"]
+    assert [(line["size"], line["at_once"]) for line in images] == [(64, 1), (64, 2)]
     padded = [line for line in dry_runs["rerank"].of(record.RESULT) if line.get("contender") == "transformers"]
     assert max(line["scores_apart"] for line in padded) < 0.01
 
@@ -286,6 +288,8 @@ def test_variant_uses_settings_or_its_fallback() -> None:
     assert done == []
     assert variant.prepare({"dtype"}, "pipeline") == {}
     assert done == ["pipeline"]
+    both = Variant({"dtype": "fp8", "compiled": True}, instead=done.append)
+    assert both.prepare({"dtype"}, "pipeline") == {"dtype": "fp8"}
     with pytest.raises(ValueError, match="no setting compiled"):
         Variant({"compiled": True}).prepare({"dtype"})
 

@@ -92,7 +92,7 @@ def test_empty_variable_sets_no_adapters_folder(parameters: dict[str, str]) -> N
         ({}, {"MAX_PIXELS": "4095"}, ["MAX_PIXELS: ", "4096", "'4095'"]),
         ({"max_pixels": "1.5"}, {}, ["parameter max_pixels in config.pbtxt: ", "'1.5'"]),
         ({"max_pixels": "many"}, {"MAX_PIXELS": "few"}, ["MAX_PIXELS: ", "'few'"]),
-        ({"dtype": "int8"}, {}, ["parameter dtype in config.pbtxt: ", "bfloat16", "'int8'"]),
+        ({"dtype": "int4"}, {}, ["parameter dtype in config.pbtxt: ", "bfloat16", "'int4'"]),
         ({"threads": "-1"}, {}, ["parameter threads in config.pbtxt: ", "'-1'"]),
         ({"max_pixel": "4096"}, {}, ["parameter max_pixel in config.pbtxt: ", "not permitted", "'4096'"]),
         ({"max_num_seqs": "4"}, {}, ["parameter max_num_seqs in config.pbtxt: ", "not permitted"]),

@@ -11,6 +11,7 @@ from diffusers import FluxPipeline
 from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
 
 from genserve_backend.devices import resolve_dtype
+from genserve_backend.flux import precision
 from genserve_backend.flux.admission import Intake
 from genserve_backend.flux.archive import ImageArchive
 from genserve_backend.flux.checkpoint import FluxCheckpoint
@@ -25,7 +26,6 @@ from genserve_backend.flux.request import PIXELS_PER_TOKEN
 from genserve_backend.flux.schedule import Scheduler
 from genserve_backend.flux.step_cache import FirstBlockCache, MagCache, NoCache, StepCache
 from genserve_backend.logs import log
-from genserve_backend.matrices import use_packed_matrices
 from genserve_backend.settings import CacheMethod, FluxSettings
 from genserve_backend.worker.engine import Emit
 
@@ -36,9 +36,10 @@ def build(settings: FluxSettings, device: str, emit: Emit) -> FluxEngine:
     """Build the engine for the checkpoint in `settings` on `device` ("cpu", "cuda:0").
 
     Raises:
-        CheckpointError: The folder is missing or incomplete.
+        CheckpointError: The folder is missing or incomplete, or the device cannot run the dtype.
     """
     checkpoint = FluxCheckpoint.load(settings.model_path)
+    precision.require_support(settings, device)
     return assemble(load_pipeline(checkpoint, settings, device), checkpoint, settings, emit)
 
 
@@ -61,8 +62,10 @@ def assemble(
         adapters=adapters,
         step_cache=step_cache or choose_step_cache(checkpoint, settings.cache_method),
     )
-    decoder = Decoder(pipeline, model=checkpoint.name, archive=ImageArchive(settings.save_test_images))
-    log(logger, logging.INFO, "flux loaded", model=checkpoint.name, device=denoiser.device, dtype=denoiser.dtype)
+    dtype = precision.dtype_name(settings, denoiser.dtype)
+    archive = ImageArchive(settings.save_test_images)
+    decoder = Decoder(pipeline, model=checkpoint.name, dtype=dtype, archive=archive)
+    log(logger, logging.INFO, "flux loaded", model=checkpoint.name, device=denoiser.device, dtype=dtype)
     return FluxEngine(
         encoder=PromptEncoder(
             pipeline,
@@ -96,7 +99,7 @@ def choose_step_cache(checkpoint: FluxCheckpoint, method: CacheMethod) -> StepCa
 
 
 def load_pipeline(checkpoint: FluxCheckpoint, settings: FluxSettings, device: str) -> FluxPipeline:
-    """Load the weights of a checkpoint onto the device."""
+    """Load the weights of a checkpoint, and place them as the settings say."""
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()  # it would log truncated prompts
     transformers.utils.logging.disable_progress_bar()
@@ -106,10 +109,9 @@ def load_pipeline(checkpoint: FluxCheckpoint, settings: FluxSettings, device: st
         dtype=dtype,
         local_files_only=True,
         use_safetensors=True,
-        device_map=torch.device(device).type,  # straight from the files, without a copy in host memory
+        # Straight from the files, without a copy in host memory, unless the GPU may have no room for all of them.
+        device_map=None if precision.starts_on_host(settings, device) else torch.device(device).type,
     )
     pipeline.vae.to(memory_format=torch.channels_last)  # the demo's decoder then takes 2/3 of the time
-    pipeline.to(device)
-    for part in (pipeline.transformer, pipeline.text_encoder, pipeline.text_encoder_2, pipeline.vae):
-        use_packed_matrices(part)
+    precision.place(pipeline, settings, device)
     return pipeline

@@ -50,14 +50,17 @@ class Decoder:
     Args:
         pipeline: The pipeline with the VAE.
         model: The checkpoint's name, for the metadata.
+        dtype: The dtype, for the metadata.
         archive: Receives a copy of every file.
     """
 
-    def __init__(self, pipeline: FluxPipeline, *, model: str, archive: ImageArchive) -> None:
+    def __init__(self, pipeline: FluxPipeline, *, model: str, dtype: str, archive: ImageArchive) -> None:
         self._pipeline = pipeline
         self._vae = pipeline.vae
         self._model = model
-        self._dtype = str(pipeline.transformer.dtype).removeprefix("torch.")
+        self._dtype = dtype
+        # The VAE's weights may be in host memory between two decodings.
+        self._device: torch.device = pipeline.transformer.device
         self._archive = archive
         self._queue: SimpleQueue[Finished] = SimpleQueue()
         self._lock = threading.Lock()
@@ -74,7 +77,7 @@ class Decoder:
         """Queue an image. Its last step may still be running in the caller's stream."""
         with self._lock:
             self._pending += 1
-        self._queue.put(Finished(image, record_event(self._vae.device)))
+        self._queue.put(Finished(image, record_event(self._device)))
 
     @property
     def pending(self) -> int:
@@ -93,7 +96,7 @@ class Decoder:
 
     def _run(self) -> None:
         limit_threads()
-        with torch.inference_mode(), own_stream(self._vae.device):  # alongside the next step
+        with torch.inference_mode(), own_stream(self._device):  # alongside the next step
             held: Finished | None = None
             while True:
                 batch = [held or self._queue.get()]

@@ -57,7 +57,7 @@ def fit(pipeline: FluxPipeline) -> torch.Tensor:
         noise = torch.nn.functional.interpolate(
             2 * torch.randn(4, vae.config.latent_channels, SAMPLE // 4, SAMPLE // 4), size=SAMPLE, mode="bicubic"
         )
-    encoded = vae.encode(patches.to(vae.device, vae.dtype)).latent_dist.mode()
+    encoded = vae.encode(patches.to(pipeline.transformer.device, vae.dtype)).latent_dist.mode()
     latents = torch.cat([(encoded - shift) * scaling, noise.to(encoded)])
     pixels = vae.decode(latents / scaling + shift, return_dict=False)[0]
     colors = torch.nn.functional.avg_pool2d(pixels.float().clamp(-1, 1), pixels.shape[-1] // SAMPLE)

@@ -71,6 +71,8 @@ class PromptEncoder:
     ) -> None:
         self._pipeline = pipeline
         self._adapters = adapters
+        # The encoders' weights may be in host memory between two encodings.
+        self._device: torch.device = pipeline.transformer.device
         self._max_sequence_length = max_sequence_length
         self._cache: LRUCache[str | tuple[str, Key], Embedding] = LRUCache(
             cache_bytes, getsizeof=lambda embedding: embedding.size
@@ -107,9 +109,9 @@ class PromptEncoder:
         if self._adapters:
             self._adapters.select_texts([None if isinstance(prompt, str) else prompt.adapters for prompt in prompts])
         clip = self._tokenize(pipeline.tokenizer, texts, pipeline.tokenizer_max_length)
-        pooled = pipeline.text_encoder(move(clip, pipeline.text_encoder.device)).pooler_output
+        pooled = pipeline.text_encoder(move(clip, self._device)).pooler_output
         t5 = self._tokenize(pipeline.tokenizer_2, texts, self._max_sequence_length)
-        tokens = pipeline.text_encoder_2(move(t5, pipeline.text_encoder_2.device))[0]
+        tokens = pipeline.text_encoder_2(move(t5, self._device))[0]
         # Copies: a cached view would keep the memory of the whole batch.
         return [Embedding(*pair) for pair in zip(map(torch.clone, tokens), map(torch.clone, pooled), strict=True)]
 

@@ -13,8 +13,8 @@ import psutil
 
 PROBE = (
     "import json, torch\n"
-    "sizes = [torch.cuda.mem_get_info(gpu) for gpu in range(torch.cuda.device_count())]\n"
-    "print(json.dumps(sizes))"
+    "gpus = range(torch.cuda.device_count())\n"
+    "print(json.dumps([[*torch.cuda.mem_get_info(gpu), torch.cuda.get_device_capability(gpu)] for gpu in gpus]))"
 )
 PROBE_TIMEOUT_S = 120.0
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
@@ -29,11 +29,13 @@ class Device:
         name: Name in torch's notation: ``cuda:N`` or ``cpu``.
         free: Free bytes.
         total: All bytes.
+        capability: A GPU's compute capability; None for a CPU.
     """
 
     name: str
     free: int
     total: int
+    capability: tuple[int, int] | None = None
 
 
 def find_gpus() -> list[Device]:
@@ -48,10 +50,10 @@ def find_gpus() -> list[Device]:
     command = [sys.executable, "-c", PROBE]
     try:
         asked = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PROBE_TIMEOUT_S)
-        sizes = json.loads(asked.stdout)
-    except (OSError, subprocess.SubprocessError, ValueError):
+        found = [(free, total, (major, minor)) for free, total, (major, minor) in json.loads(asked.stdout)]
+    except (OSError, subprocess.SubprocessError, ValueError, TypeError):
         return []
-    return [Device(f"cuda:{gpu}", free, total) for gpu, (free, total) in enumerate(sizes)]
+    return [Device(f"cuda:{gpu}", *values) for gpu, values in enumerate(found)]
 
 
 def find_cpu() -> Device:

@@ -14,6 +14,7 @@ from tritonclient.grpc import model_config_pb2
 from genserve.serve.checkpoint_check import Contents, check_flux, check_rerank
 from genserve.serve.device_memory import Device, find_cpu, find_gpus
 from genserve.serve.finding import Finding, in_units
+from genserve.serve.flux_memory import flux_memory
 from genserve.serve.load_trial import TrialError, try_model
 from genserve.serve.options import ServeError, ServeOptions
 from genserve.serve.repository import parse_settings, read_config, render
@@ -125,9 +126,11 @@ def _place(config: Any, settings: ModelSettings, gpus: Sequence[Device]) -> Plac
 
 def _memory(model: str, contents: Contents, placement: Placement, settings: ModelSettings) -> Iterator[Finding]:
     """Compare the weights with the memory of each device."""
-    if not isinstance(settings, (FluxSettings, RerankSettings)):
+    if isinstance(settings, FluxSettings):
+        yield from flux_memory(contents, placement.devices, placement.instances, settings)
+    if not isinstance(settings, RerankSettings):
         return
-    shards = settings.tensor_parallel_size if isinstance(settings, RerankSettings) else 1
+    shards = settings.tensor_parallel_size
     dtype = weights_dtype(settings.dtype, placement.devices[0].name)
     each = contents.loaded_bytes(dtype) / shards
     needed = each * placement.instances

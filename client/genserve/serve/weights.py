@@ -33,10 +33,12 @@ class Tensor:
     Attributes:
         dtype: safetensors' name of its dtype, as ``BF16``.
         values: Number of values.
+        name: Its name.
     """
 
     dtype: str
     values: int
+    name: str = ""
 
     def loaded_bytes(self, dtype: WeightsDType) -> int:
         """Return its bytes once it is loaded with weights in `dtype`."""
@@ -99,7 +101,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="numpy") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
-            return {name: Tensor(part.get_dtype(), math.prod(part.get_shape())) for name, part in slices.items()}
+            return {name: Tensor(part.get_dtype(), math.prod(part.get_shape()), name) for name, part in slices.items()}
     except (SafetensorError, OSError, ValueError) as error:
         raise DamagedFile(f"{path} {_reason(path, error)}") from None
 
