@@ -7,6 +7,9 @@ it freezes a model.
 
 from __future__ import annotations
 
+from itertools import count
+from weakref import WeakValueDictionary
+
 import torch
 from torch import Tensor, nn
 
@@ -49,11 +52,39 @@ class PackedLinear(nn.Linear):
         weight = torch.ops.mkldnn._reorder_linear_weight(plain.weight.detach())
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if plain.bias is None else nn.Parameter(plain.bias.detach(), requires_grad=False)
+        number = next(_numbers)
+        _packed[number] = self
+        # A tensor, because a compiled block may have other tensors for each layer, but not other numbers.
+        self.register_buffer("number", torch.tensor(number), persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Return the product."""
+        if torch.compiler.is_compiling():
+            compiled: Tensor = torch.ops.genserve.packed_linear(input, self.number, self.out_features)
+            return compiled
         product: Tensor = torch.ops.mkldnn._linear_pointwise(input, self.weight, self.bias, "none", [], "")
         return product
+
+
+_numbers = count()
+_packed: WeakValueDictionary[int, PackedLinear] = WeakValueDictionary()
+"""Layers by their number."""
+
+
+def _multiply(input: Tensor, number: Tensor, out_features: int) -> Tensor:  # noqa: A002
+    """Return the product of a layer, for compiled code: Inductor takes no packed weights as arguments."""
+    return _packed[int(number)](input)
+
+
+def _describe(input: Tensor, number: Tensor, out_features: int) -> Tensor:  # noqa: A002
+    """Return a tensor in the shape of the product."""
+    return input.new_empty(*input.shape[:-1], out_features)
+
+
+_library = torch.library.Library("genserve", "DEF")
+_library.define("packed_linear(Tensor input, Tensor number, int out_features) -> Tensor")
+_library.impl("packed_linear", _multiply, "CPU")
+_library.impl("packed_linear", _describe, "Meta")
 
 
 class Int8Linear(nn.Module):

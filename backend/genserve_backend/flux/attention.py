@@ -70,6 +70,11 @@ def rotate(states: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     if rotation.is_complex():
         pairs = torch.view_as_complex(states.float().reshape(*states.shape[:-1], -1, 2))
         return torch.view_as_real(pairs * rotation).flatten(-2).to(states.dtype)
+    if torch.compiler.is_compiling():
+        first, second = states.float().unflatten(-1, (-1, 2)).unbind(-1)
+        cosines, sines = rotation.unbind(-1)
+        pairs = torch.stack([first * cosines - second * sines, second * cosines + first * sines], dim=-1)
+        return pairs.flatten(-2).to(states.dtype)
     rotated = torch.empty(states.shape, dtype=states.dtype, device=states.device)
     first, second = states.reshape(*states.shape[:-1], -1, 2).unbind(-1)
     new_first, new_second = rotated.view(*states.shape[:-1], -1, 2).unbind(-1)

@@ -9,15 +9,16 @@ import torch
 import transformers
 from diffusers import FluxPipeline
 
-from genserve_backend.devices import resolve_dtype
+from genserve_backend.devices import resolve_dtype, use_reproducible_kernels
 from genserve_backend.flux.admission import Intake
 from genserve_backend.flux.archive import ImageArchive
 from genserve_backend.flux.checkpoint import FluxCheckpoint
-from genserve_backend.flux.decode import Decoder
+from genserve_backend.flux.compilation import compile_blocks
+from genserve_backend.flux.decode import MAX_IMAGES, Decoder
 from genserve_backend.flux.denoise import Denoiser
 from genserve_backend.flux.engine import FluxEngine
 from genserve_backend.flux.preview import Previewer
-from genserve_backend.flux.prompts import PromptEncoder
+from genserve_backend.flux.prompts import MAX_PROMPTS, PromptEncoder
 from genserve_backend.flux.report import Reporter
 from genserve_backend.flux.request import PIXELS_PER_TOKEN
 from genserve_backend.flux.schedule import Scheduler
@@ -41,14 +42,26 @@ def build(settings: FluxSettings, device: str, emit: Emit) -> FluxEngine:
 
 def assemble(pipeline: FluxPipeline, checkpoint: FluxCheckpoint, settings: FluxSettings, emit: Emit) -> FluxEngine:
     """Return the engine for a pipeline that is already on its device. The transformer's attention is replaced."""
-    denoiser = Denoiser(pipeline, max_sequence_length=checkpoint.max_sequence_length)
-    decoder = Decoder(pipeline, model=checkpoint.name, archive=ImageArchive(settings.save_test_images))
+    if settings.deterministic:
+        use_reproducible_kernels(pipeline.device.type)
+    denoiser = Denoiser(
+        pipeline, max_sequence_length=checkpoint.max_sequence_length, real_rotations=settings.compiled
+    )
+    scheduler = Scheduler(pipeline.scheduler)
+    if settings.compiled:
+        compile_blocks(pipeline, denoiser, scheduler, checkpoint=checkpoint, settings=settings)
+    at_once = 1 if settings.deterministic else MAX_IMAGES
+    archive = ImageArchive(settings.save_test_images)
+    decoder = Decoder(pipeline, model=checkpoint.name, archive=archive, max_images=at_once)
     log(logger, logging.INFO, "flux loaded", model=checkpoint.name, device=denoiser.device, dtype=denoiser.dtype)
     return FluxEngine(
         encoder=PromptEncoder(
-            pipeline, max_sequence_length=checkpoint.max_sequence_length, cache_bytes=settings.prompt_cache_bytes
+            pipeline,
+            max_sequence_length=checkpoint.max_sequence_length,
+            cache_bytes=settings.prompt_cache_bytes,
+            max_prompts=1 if settings.deterministic else MAX_PROMPTS,
         ),
-        scheduler=Scheduler(pipeline.scheduler),
+        scheduler=scheduler,
         denoiser=denoiser,
         decoder=decoder,
         reporter=Reporter(Previewer(pipeline), decoder, device=denoiser.device, emit=emit),

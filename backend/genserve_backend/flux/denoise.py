@@ -25,9 +25,10 @@ class Denoiser:
     Args:
         pipeline: The pipeline with the transformer, whose attention is replaced.
         max_sequence_length: T5 tokens of each prompt.
+        real_rotations: Whether a CPU, too, has rotations without complex numbers, as compiled blocks need.
     """
 
-    def __init__(self, pipeline: FluxPipeline, *, max_sequence_length: int) -> None:
+    def __init__(self, pipeline: FluxPipeline, *, max_sequence_length: int, real_rotations: bool = False) -> None:
         self._pipeline = pipeline
         self._transformer = pipeline.transformer
         self._transformer.set_attn_processor(RaggedAttention())
@@ -36,7 +37,8 @@ class Denoiser:
         self.dtype: torch.dtype = self._transformer.dtype
         self._text_length = max_sequence_length
         self._guidance_embeds = bool(self._transformer.config.guidance_embeds)
-        self._rotation_from = complex_rotation if self.device.type == "cpu" else real_rotation
+        is_complex = self.device.type == "cpu" and not real_rotations
+        self._rotation_from = complex_rotation if is_complex else real_rotation
         self._rotation = lru_cache(ROTATIONS_KEPT)(self._make_rotation)
         self._plan = lru_cache(SCHEDULES_KEPT)(self._make_plan)
         self._batch: Batch | None = None

@@ -15,7 +15,7 @@ from genserve_backend.errors import RequestError
 from genserve_backend.worker.isolate import isolate
 
 MAX_PROMPTS = 16
-"""Prompts in one forward of the text encoders."""
+"""Prompts in one forward of the text encoders, at most."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,14 @@ class PromptEncoder:
         pipeline: The pipeline with the encoders and tokenizers.
         max_sequence_length: T5 tokens of a prompt.
         cache_bytes: Limit on the device memory of the cache; eviction is least recently used first.
+        max_prompts: Prompts in one forward.
     """
 
-    def __init__(self, pipeline: FluxPipeline, *, max_sequence_length: int, cache_bytes: int) -> None:
+    def __init__(
+        self, pipeline: FluxPipeline, *, max_sequence_length: int, cache_bytes: int, max_prompts: int = MAX_PROMPTS
+    ) -> None:
         self._pipeline = pipeline
+        self._max_prompts = max_prompts
         self._max_sequence_length = max_sequence_length
         self._cache: LRUCache[str, Embedding] = LRUCache(cache_bytes, getsizeof=lambda embedding: embedding.size)
 
@@ -63,8 +67,8 @@ class PromptEncoder:
             else:
                 found[text] = embedding
         failed: dict[str, RequestError] = {}
-        for first in range(0, len(missing), MAX_PROMPTS):
-            encoded, errors = isolate(self._forward, missing[first : first + MAX_PROMPTS], name=_name)
+        for first in range(0, len(missing), self._max_prompts):
+            encoded, errors = isolate(self._forward, missing[first : first + self._max_prompts], name=_name)
             found |= encoded
             failed |= errors
             for text, embedding in encoded.items():
