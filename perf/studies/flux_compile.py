@@ -45,8 +45,8 @@ def measure(dtype: str, rounds: int, folder: str) -> dict[str, Any]:
     def graphs() -> int:
         return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
-    engines = {EAGER: flux_engine(dtype=dtype), "compiled": flux_engine(dtype=dtype, compiled=True, compile_cache=folder)}
-    compiled = engines["compiled"]
+    compiled = flux_engine(dtype=dtype, compiled=True, compile_cache=folder)
+    engines = {EAGER: flux_engine(dtype=dtype), "compiled": compiled}
     made = graphs()
     cases = {
         f"{size} x {size}, {count} at a time": flux_requests([(size, size)] * count, steps=STEPS)
@@ -86,15 +86,16 @@ def start(dtype: str, folder: str) -> float:
 @click.command(context_settings=SETTINGS)
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", show_default=True)
 @click.option("--rounds", type=COUNT, default=5, show_default=True, help="Rounds of each case; medians count.")
+@click.option("--threads", type=COUNT, help="CPU threads of an engine; by default torch's.")
 @click.option("--check", is_flag=True, help="Exit with 1 if a promise does not hold.")
 @click.option("--part", type=(click.Choice(["images", "start"]), str), hidden=True)
-def main(dtype: str, rounds: int, check: bool, part: tuple[str, str] | None) -> None:
+def main(dtype: str, rounds: int, threads: int | None, check: bool, part: tuple[str, str] | None) -> None:
     """Compare compiled blocks with eager ones."""
     if part:
         name, folder = part
         print(json.dumps(measure(dtype, rounds, folder) if name == "images" else start(dtype, folder)), flush=True)
         os._exit(0)  # the engines' threads never end
-    os.environ.update(worker_environment())
+    os.environ.update(worker_environment() | ({"OMP_NUM_THREADS": str(threads)} if threads else {}))
     try:
         with tempfile.TemporaryDirectory() as folder:
             starts = {}

@@ -62,14 +62,15 @@ def measure(dtype: str, rounds: int) -> dict[str, Any]:
 
 @click.command(context_settings=SETTINGS)
 @click.option("--rounds", type=COUNT, default=5, show_default=True, help="Rounds of each case; medians count.")
+@click.option("--threads", type=COUNT, help="CPU threads of an engine; by default torch's.")
 @click.option("--check", is_flag=True, help="Exit with 1 if an image depends on what runs beside it.")
 @click.option("--one", type=click.Choice(DTYPES), hidden=True)
-def main(rounds: int, check: bool, one: str | None) -> None:
+def main(rounds: int, threads: int | None, check: bool, one: str | None) -> None:
     """Compare deterministic images with batched ones."""
     if one:
         print(json.dumps(measure(one, rounds)), flush=True)
         os._exit(0)  # the engines' threads never end
-    os.environ.update(worker_environment())
+    os.environ.update(worker_environment() | ({"OMP_NUM_THREADS": str(threads)} if threads else {}))
     speeds = new_table(f"{STEPS} steps", "Batched, s/image", "Deterministic, s/image", "Slower")
     images = new_table("Alone against in a crowd", "Images", "With other bytes", "Largest difference, levels")
     broken = []

@@ -42,11 +42,10 @@ def build(settings: FluxSettings, device: str, emit: Emit) -> FluxEngine:
 
 def assemble(pipeline: FluxPipeline, checkpoint: FluxCheckpoint, settings: FluxSettings, emit: Emit) -> FluxEngine:
     """Return the engine for a pipeline that is already on its device. The transformer's attention is replaced."""
+    text_length = checkpoint.max_sequence_length
+    denoiser = Denoiser(pipeline, max_sequence_length=text_length, real_rotations=settings.compiled)
     if settings.deterministic:
-        use_reproducible_kernels(pipeline.device.type)
-    denoiser = Denoiser(
-        pipeline, max_sequence_length=checkpoint.max_sequence_length, real_rotations=settings.compiled
-    )
+        use_reproducible_kernels(denoiser.device.type)
     scheduler = Scheduler(pipeline.scheduler)
     if settings.compiled:
         compile_blocks(pipeline, denoiser, scheduler, checkpoint=checkpoint, settings=settings)
@@ -57,7 +56,7 @@ def assemble(pipeline: FluxPipeline, checkpoint: FluxCheckpoint, settings: FluxS
     return FluxEngine(
         encoder=PromptEncoder(
             pipeline,
-            max_sequence_length=checkpoint.max_sequence_length,
+            max_sequence_length=text_length,
             cache_bytes=settings.prompt_cache_bytes,
             max_prompts=1 if settings.deterministic else MAX_PROMPTS,
         ),

@@ -1,8 +1,8 @@
 """Compiled blocks of the transformer: a fixed number of graphs, all of them made before the first request.
 
 Each class of blocks is compiled once for all of its blocks, with the number of batch rows and of image tokens left
-open. torch makes separate code for one batch row and for several, and for forwards with a mask. `CompiledBlocks.warm_up`
-runs each of these. From then on nothing is compiled: a shape that no code fits runs eagerly, and is logged.
+open. torch makes separate code for one batch row and for several, and for forwards with a mask. The warm-up runs each of
+these. From then on nothing is compiled: a shape that no code fits runs eagerly, and is logged.
 """
 
 from __future__ import annotations
@@ -11,13 +11,9 @@ import inspect
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
-import torch._dynamo
-import torch._inductor.config
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
 from genserve_backend.compilation import use_cache
@@ -68,46 +64,6 @@ class WatchedAttention(RaggedAttention):
             log(logger, logging.WARNING, "no compiled code for a shape", batch_rows=shape[0], tokens=shape[1])
 
 
-class CompiledBlocks:
-    """The compiled blocks of a transformer.
-
-    Args:
-        transformer: Its blocks are compiled, and its attention is replaced.
-        deterministic: True keeps torch from choosing between kernels by their speed.
-    """
-
-    def __init__(self, transformer: FluxTransformer2DModel, *, deterministic: bool = False) -> None:
-        if deterministic:
-            torch._inductor.config.deterministic = True  # type: ignore[attr-defined]
-        self._attention = WatchedAttention()
-        transformer.set_attn_processor(self._attention)
-        names = transformer._repeated_blocks
-        self._blocks = [part for part in transformer.modules() if type(part).__name__ in names]
-        transformer.compile_repeated_blocks(dynamic=True, fullgraph=True)
-        self.graphs = 0
-        """Graphs that the warm-up made or loaded."""
-
-    @property
-    def eager_shapes(self) -> int:
-        """Shapes that ran without compiled code so far."""
-        return self._attention.eager_shapes
-
-    def warm_up(self, forwards: Sequence[Callable[[], Any]]) -> None:
-        """Run the forwards, which compiles the blocks, and then keep torch from compiling anything else.
-
-        Raises:
-            Exception: torch cannot compile the blocks, for example without a compiler on the machine.
-        """
-        before, started = _graphs(), time.monotonic()
-        for forward in forwards:
-            forward()
-        self.graphs = _graphs() - before
-        for block in self._blocks:
-            block._compiled_call_impl = torch._dynamo.run(block._call_impl)
-        seconds = time.monotonic() - started
-        log(logger, logging.INFO, "flux compiled", graphs=self.graphs, seconds=seconds)
-
-
 def compile_blocks(
     pipeline: FluxPipeline,
     denoiser: Denoiser,
@@ -115,13 +71,13 @@ def compile_blocks(
     *,
     checkpoint: FluxCheckpoint,
     settings: FluxSettings,
-) -> CompiledBlocks:
-    """Compile the blocks of a denoiser's transformer, and run every kind of forward. Call it in the engine's thread.
+) -> None:
+    """Compile the blocks of a pipeline's transformer by running every kind of forward. Call it in the engine's thread.
 
     Args:
-        pipeline: The denoiser's pipeline.
-        denoiser: One for compiled blocks.
-        scheduler: Plans the steps of the warm-up's images.
+        pipeline: The denoiser's pipeline. The attention of its transformer is replaced.
+        denoiser: One with real rotations.
+        scheduler: Plans the steps of the images.
         checkpoint: The images are about as large as its native ones.
         settings: The limits.
 
@@ -129,24 +85,23 @@ def compile_blocks(
         Exception: torch cannot compile the blocks, for example without a compiler on the machine.
     """
     use_cache(settings.compile_cache)
-    blocks = CompiledBlocks(pipeline.transformer, deterministic=settings.deterministic)
-    native_tokens = checkpoint.native_size**2 // PIXELS_PER_TOKEN
-    tokens = min(native_tokens, settings.max_batched_tokens // ROWS)
+    if settings.deterministic:
+        from torch._inductor import config
+
+        config.deterministic = True  # no choice between kernels by their speed
+    before, started = _graphs(), time.monotonic()
+    transformer = pipeline.transformer
+    transformer.set_attn_processor(WatchedAttention())
+    transformer.compile_repeated_blocks(dynamic=True, fullgraph=True)
+    tokens = min(checkpoint.native_size**2 // PIXELS_PER_TOKEN, settings.max_batched_tokens // ROWS)
     is_masked = settings.padding_limit(denoiser.device.type) > 0 and not settings.deterministic
-    prompt = _no_prompt(pipeline, checkpoint, denoiser)
-
-    def image(height: int, width: int) -> ImageState:
-        values = {"PROMPT": "-", "STEPS": 1, "SEED": 0, "HEIGHT": height, "WIDTH": width}
-        request = parse(values, checkpoint, max_pixels=height * width)
-        state = ImageState(Job(Submit(0, "warm-up", request, math.inf), lambda event: None), request)
-        state.schedule = scheduler.plan(request.steps, request.tokens)
-        state.latents, state.prompt = denoiser.noise(state), prompt
-        return state
-
+    prompt = _no_prompt(transformer, checkpoint, denoiser)
     with torch.inference_mode():  # like the engine's turns: compiled code is for one mode
-        batches = [[image(*size) for size in sizes] for sizes in warm_up_sizes(tokens, masked=is_masked)]
-        blocks.warm_up([partial(denoiser.step, batch) for batch in batches])
-    return blocks
+        for sizes in warm_up_sizes(tokens, masked=is_masked):
+            denoiser.step([_image(size, prompt, denoiser, scheduler, checkpoint) for size in sizes])
+    for block in _blocks(transformer):
+        block._compiled_call_impl = torch._dynamo.run(block._call_impl)  # compiles nothing, unlike torch.compile
+    log(logger, logging.INFO, "flux compiled", graphs=_graphs() - before, seconds=time.monotonic() - started)
 
 
 def warm_up_sizes(tokens: int, *, masked: bool) -> list[list[tuple[int, int]]]:
@@ -165,11 +120,27 @@ def warm_up_sizes(tokens: int, *, masked: bool) -> list[list[tuple[int, int]]]:
     return [[large], [large] * ROWS, *([[large, large, small]] if masked else [])]
 
 
-def _no_prompt(pipeline: FluxPipeline, checkpoint: FluxCheckpoint, denoiser: Denoiser) -> Embedding:
-    config = pipeline.transformer.config
+def _image(
+    size: tuple[int, int], prompt: Embedding, denoiser: Denoiser, scheduler: Scheduler, checkpoint: FluxCheckpoint
+) -> ImageState:
+    """Return an image before its first step, as the engine initializes it."""
+    height, width = size
+    values = {"PROMPT": "-", "STEPS": 1, "SEED": 0, "HEIGHT": height, "WIDTH": width}
+    request = parse(values, checkpoint, max_pixels=height * width)
+    image = ImageState(Job(Submit(0, "warm-up", request, math.inf), lambda event: None), request)
+    image.schedule = scheduler.plan(request.steps, request.tokens)
+    image.latents, image.prompt = denoiser.noise(image), prompt
+    return image
+
+
+def _no_prompt(transformer: FluxTransformer2DModel, checkpoint: FluxCheckpoint, denoiser: Denoiser) -> Embedding:
     kind: Any = {"device": denoiser.device, "dtype": denoiser.dtype}
-    tokens = torch.zeros(checkpoint.max_sequence_length, config.joint_attention_dim, **kind)
-    return Embedding(tokens, torch.zeros(config.pooled_projection_dim, **kind))
+    tokens = torch.zeros(checkpoint.max_sequence_length, transformer.config.joint_attention_dim, **kind)
+    return Embedding(tokens, torch.zeros(transformer.config.pooled_projection_dim, **kind))
+
+
+def _blocks(transformer: FluxTransformer2DModel) -> list[Any]:
+    return [part for part in transformer.modules() if type(part).__name__ in transformer._repeated_blocks]
 
 
 def _graphs() -> int:
