@@ -101,6 +101,20 @@ def hand_over(tensor: torch.Tensor, event: torch.cuda.Event | None) -> None:
         tensor.record_stream(stream)
 
 
+def use_reproducible_kernels(device_type: str) -> None:
+    """Let equal inputs of equal shapes have equal results on this process's GPU. Call it before the first product.
+
+    A CPU has nothing to set. cuBLAS needs workspaces of a fixed size for it, because work of several streams runs at a
+    time: https://docs.nvidia.com/cuda/cublas/#results-reproducibility. An operator without reproducible kernels is a
+    warning in the log, not an error.
+    """
+    if device_type != "cuda":
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # no result depends on it
+
+
 def limit_threads(share: int = 4) -> None:
     """Limit the calling thread, and threads that it starts, to 1 / `share` of torch's CPU threads.
 

@@ -7,6 +7,9 @@ it freezes a model.
 
 from __future__ import annotations
 
+from itertools import count
+from weakref import WeakValueDictionary
+
 import torch
 from torch import Tensor, nn
 
@@ -60,9 +63,12 @@ class PackedLinear(nn.Linear):
         weight = torch.ops.mkldnn._reorder_linear_weight(plain.weight.detach())
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if plain.bias is None else nn.Parameter(plain.bias.detach(), requires_grad=False)
+        _give_number(self)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Return the product."""
+        if torch.compiler.is_compiling():
+            return _compiled_product(self, input)
         return onednn_linear(input, self.weight, self.bias)
 
 
@@ -86,9 +92,12 @@ class Int8Linear(nn.Module):
         self._scale = scale
         self._zeros = torch.zeros(self.out_features, dtype=torch.int32)
         self._bias = torch.zeros(self.out_features) if plain.bias is None else plain.bias.detach()
+        _give_number(self)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """Return the product; the input is rounded to 255 levels."""
+        if torch.compiler.is_compiling():
+            return _compiled_product(self, input)
         rows = input.reshape(-1, self.in_features)
         largest = torch.maximum(rows.amax(dim=1, keepdim=True), -rows.amin(dim=1, keepdim=True)).clamp_min_(SMALLEST)
         # torch converts to int8 quickly; the operator expects uint8.
@@ -97,6 +106,37 @@ class Int8Linear(nn.Module):
             levels, 1.0, 128, self._weight, self._scale, self._zeros, None, 1.0, 0, torch.float32, "none", [], ""
         )
         return torch.addcmul(self._bias, product, largest / LEVELS).view(*input.shape[:-1], self.out_features)
+
+
+_numbers = count()
+_packed: WeakValueDictionary[int, PackedLinear | Int8Linear] = WeakValueDictionary()
+"""Layers by their number. Compiled code calls them by it, because Inductor takes no packed weights as arguments."""
+
+
+def _give_number(layer: PackedLinear | Int8Linear) -> None:
+    number = next(_numbers)
+    _packed[number] = layer
+    # A tensor: blocks share compiled code if they differ only in the values of their tensors.
+    layer.register_buffer("number", torch.tensor(number), persistent=False)
+
+
+def _compiled_product(layer: PackedLinear | Int8Linear, input: Tensor) -> Tensor:  # noqa: A002
+    product: Tensor = torch.ops.genserve.packed_linear(input, layer.number, layer.out_features)
+    return product
+
+
+def _multiply(input: Tensor, number: Tensor, out_features: int) -> Tensor:  # noqa: A002
+    return _packed[int(number)](input)  # type: ignore[no-any-return]
+
+
+def _shape_only(input: Tensor, number: Tensor, out_features: int) -> Tensor:  # noqa: A002
+    return input.new_empty(*input.shape[:-1], out_features)
+
+
+_library = torch.library.Library("genserve", "FRAGMENT")
+_library.define("packed_linear(Tensor input, Tensor number, int out_features) -> Tensor")
+_library.impl("packed_linear", _multiply, "CPU")
+_library.impl("packed_linear", _shape_only, "Meta")
 
 
 def _replace(model: nn.Module, kind: type[PackedLinear] | type[Int8Linear]) -> None:

@@ -76,6 +76,16 @@ class ModelSettings(BaseModel):
     These are two limits instead of one deadline, because Triton does not tell a model how long a request has waited. A
     request's own timeout applies in the same way. The client's deadline counts from the call.
     """
+    compile_cache: Annotated[Path | None, Env("COMPILE_CACHE")] = None
+    """Absolute path of the folder for compiled code, which makes later starts faster; by default `compiled` in
+    GENSERVE_CACHE_DIR. It has to belong to the server's user."""
+
+    @field_validator("compile_cache")
+    @classmethod
+    def _check_absolute(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_absolute():
+            raise ValueError("give an absolute path")
+        return value
 
     @property
     def memory_share(self) -> float | None:
@@ -112,6 +122,11 @@ class FluxSettings(ModelSettings):
     cache_method: Annotated[CacheMethod, Env("FLUX_CACHE")] = "magcache"
     """Method of skipping steps for requests with CACHE: magcache decides by the checkpoint's ratios, first-block by the
     change of the first block's output."""
+    compiled: Annotated[bool, Env("FLUX_COMPILE")] = False
+    """Use torch.compile to fuse the operators of the transformer's blocks; the start takes longer."""
+    deterministic: Annotated[bool, Env("FLUX_DETERMINISTIC")] = False
+    """Make the same bytes of an image whatever runs beside it: every forward, encoding and decoding has one image.
+    Images then take turns, and share nothing."""
     max_pixels: Annotated[int, Env("MAX_PIXELS")] = Field(default=2048 * 2048, ge=64 * 64, le=2**28)
     """Limit on HEIGHT times WIDTH, in pixels."""
     max_running: Annotated[int, Env("FLUX_MAX_RUNNING")] = Field(default=16, ge=1, le=1024)

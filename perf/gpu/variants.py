@@ -7,11 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-def compile_blocks(pipeline: Any) -> None:
-    """Compile the transformer's blocks one by one, with dynamic shapes."""
-    pipeline.transformer.compile_repeated_blocks(dynamic=True)
-
-
 def compile_blocks_by_size(pipeline: Any) -> None:
     """Compile the transformer's blocks one by one, for each number of rows and tokens."""
     pipeline.transformer.compile_repeated_blocks(dynamic=False)
@@ -47,7 +42,7 @@ class Variant:
 
 FLUX_VARIANTS: dict[str, Variant] = {
     "eager": Variant(),
-    "compile": Variant({"compiled": True}, instead=compile_blocks),
+    "compile": Variant({"compiled": True}),
     "compile-by-size": Variant(instead=compile_blocks_by_size),
     "fp8": Variant({"dtype": "fp8"}),
     "fp8-compile": Variant({"dtype": "fp8", "compiled": True}, instead=compile_blocks),

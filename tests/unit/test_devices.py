@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from genserve_backend.devices import (
     own_stream,
     record_event,
     resolve_dtype,
+    use_reproducible_kernels,
     wait_for_stream,
 )
 
@@ -211,3 +213,17 @@ def test_memory_of_a_cpu_is_resident_available_and_total() -> None:
 )
 def test_resolve_dtype(dtype: Any, device: str, expected: torch.dtype) -> None:
     assert resolve_dtype(dtype, device) == expected
+
+
+def test_kernels_are_fixed_on_a_gpu_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *given, **named: calls.append((given, named)))
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True, raising=False)
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    use_reproducible_kernels("cpu")
+    assert calls == []
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    use_reproducible_kernels("cuda")
+    assert calls == [((True,), {"warn_only": True})]
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

@@ -145,6 +145,7 @@ def test_vllm_settings_come_from_the_environment() -> None:
         ({"ENGINE": "vllm", "RERANK_COMPILE": "true"}, ["ENGINE: ", "RERANK_COMPILE", "'vllm'"]),
         ({"RERANK_DTYPE": "int8", "RERANK_COMPILE": "1"}, ["RERANK_COMPILE: ", "RERANK_DTYPE", "'1'"]),
         ({"RERANK_COMPILE": "often"}, ["RERANK_COMPILE: ", "'often'"]),
+        ({"COMPILE_CACHE": "here"}, ["COMPILE_CACHE: ", "absolute", "'here'"]),
         ({"RERANK_DTYPE": "int4"}, ["RERANK_DTYPE: ", "int8", "'int4'"]),
         ({"GPU_MEMORY_UTILIZATION": "0"}, ["GPU_MEMORY_UTILIZATION: ", "greater than 0", "'0'"]),
         ({"GPU_MEMORY_UTILIZATION": "1.1"}, ["GPU_MEMORY_UTILIZATION: ", "less than or equal to 1", "'1.1'"]),

@@ -10,17 +10,18 @@ import transformers
 from diffusers import FluxPipeline
 from diffusers.hooks.mag_cache import FLUX_MAG_RATIOS
 
-from genserve_backend.devices import resolve_dtype
+from genserve_backend.devices import resolve_dtype, use_reproducible_kernels
 from genserve_backend.flux import precision
 from genserve_backend.flux.admission import Intake
 from genserve_backend.flux.archive import ImageArchive
 from genserve_backend.flux.checkpoint import FluxCheckpoint
-from genserve_backend.flux.decode import Decoder
+from genserve_backend.flux.compilation import compile_blocks
+from genserve_backend.flux.decode import MAX_IMAGES, Decoder
 from genserve_backend.flux.denoise import Denoiser
 from genserve_backend.flux.engine import FluxEngine
 from genserve_backend.flux.lora.adapters import Adapters
 from genserve_backend.flux.preview import Previewer
-from genserve_backend.flux.prompts import PromptEncoder
+from genserve_backend.flux.prompts import MAX_PROMPTS, PromptEncoder
 from genserve_backend.flux.report import Reporter
 from genserve_backend.flux.request import PIXELS_PER_TOKEN
 from genserve_backend.flux.schedule import Scheduler
@@ -55,25 +56,38 @@ def assemble(
 
     `step_cache` replaces the method of skipping steps that the settings choose.
     """
+    text_length = checkpoint.max_sequence_length
     adapters = Adapters(pipeline, settings)
     denoiser = Denoiser(
         pipeline,
-        max_sequence_length=checkpoint.max_sequence_length,
+        max_sequence_length=text_length,
+        real_rotations=settings.compiled,
         adapters=adapters,
         step_cache=step_cache or choose_step_cache(checkpoint, settings.cache_method),
     )
+    if settings.deterministic:
+        use_reproducible_kernels(denoiser.device.type)
+    scheduler = Scheduler(pipeline.scheduler)
+    if settings.compiled:
+        compile_blocks(pipeline, denoiser, scheduler, checkpoint=checkpoint, settings=settings)
     dtype = precision.dtype_name(settings, denoiser.dtype)
-    archive = ImageArchive(settings.save_test_images)
-    decoder = Decoder(pipeline, model=checkpoint.name, dtype=dtype, archive=archive)
+    decoder = Decoder(
+        pipeline,
+        model=checkpoint.name,
+        dtype=dtype,
+        archive=ImageArchive(settings.save_test_images),
+        max_images=1 if settings.deterministic else MAX_IMAGES,
+    )
     log(logger, logging.INFO, "flux loaded", model=checkpoint.name, device=denoiser.device, dtype=dtype)
     return FluxEngine(
         encoder=PromptEncoder(
             pipeline,
-            max_sequence_length=checkpoint.max_sequence_length,
+            max_sequence_length=text_length,
             cache_bytes=settings.prompt_cache_bytes,
+            max_prompts=1 if settings.deterministic else MAX_PROMPTS,
             adapters=adapters,
         ),
-        scheduler=Scheduler(pipeline.scheduler),
+        scheduler=scheduler,
         denoiser=denoiser,
         decoder=decoder,
         adapters=adapters,

@@ -52,9 +52,12 @@ class Decoder:
         model: The checkpoint's name, for the metadata.
         dtype: The dtype, for the metadata.
         archive: Receives a copy of every file.
+        max_images: Images of one VAE forward.
     """
 
-    def __init__(self, pipeline: FluxPipeline, *, model: str, dtype: str, archive: ImageArchive) -> None:
+    def __init__(
+        self, pipeline: FluxPipeline, *, model: str, dtype: str, archive: ImageArchive, max_images: int = MAX_IMAGES
+    ) -> None:
         self._pipeline = pipeline
         self._vae = pipeline.vae
         self._model = model
@@ -62,6 +65,7 @@ class Decoder:
         # The VAE's weights may be in host memory between two decodings.
         self._device: torch.device = pipeline.transformer.device
         self._archive = archive
+        self._max_images = max_images
         self._queue: SimpleQueue[Finished] = SimpleQueue()
         self._lock = threading.Lock()
         self._pending = 0
@@ -107,7 +111,7 @@ class Decoder:
     def _fill(self, batch: list[Finished]) -> Finished | None:
         """Add queued images of the same size, up to the limit; return the first image of another size."""
         request = batch[0].image.request
-        limit = max(1, min(MAX_IMAGES, MAX_PIXELS // (request.height * request.width)))
+        limit = max(1, min(self._max_images, MAX_PIXELS // (request.height * request.width)))
         while len(batch) < limit and not self._queue.empty():
             other = self._queue.get()
             if (other.image.request.height, other.image.request.width) != (request.height, request.width):

@@ -42,6 +42,7 @@ class Denoiser:
     Args:
         pipeline: The pipeline with the transformer, whose attention is replaced.
         max_sequence_length: T5 tokens of each prompt.
+        real_rotations: Whether a CPU, too, has rotations without complex numbers, as compiled blocks need.
         adapters: Adapters of the transformer, if any are served.
         step_cache: Method of skipping steps; none by default.
     """
@@ -51,6 +52,7 @@ class Denoiser:
         pipeline: FluxPipeline,
         *,
         max_sequence_length: int,
+        real_rotations: bool = False,
         adapters: Adapters | None = None,
         step_cache: StepCache | None = None,
     ) -> None:
@@ -65,7 +67,8 @@ class Denoiser:
         self._step_cache = step_cache or self._no_cache
         self._text_length = max_sequence_length
         self._guidance_embeds = bool(self._transformer.config.guidance_embeds)
-        self._rotation_from = complex_rotation if self.device.type == "cpu" else real_rotation
+        is_complex = self.device.type == "cpu" and not real_rotations
+        self._rotation_from = complex_rotation if is_complex else real_rotation
         self._rotation = lru_cache(ROTATIONS_KEPT)(self._make_rotation)
         self._plan = lru_cache(SCHEDULES_KEPT)(self._make_plan)
         self._batch: Batch | None = None

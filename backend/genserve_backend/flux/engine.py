@@ -239,7 +239,9 @@ class FluxEngine:
         """Run one forward for the images whose turn it is, and pass on those that are finished."""
         if time.monotonic() > self._max_tokens_until:
             self._max_tokens = self._settings.max_batched_tokens
-        batch = choose(self._running, tick=self._tick, max_tokens=self._max_tokens, max_padding=self._max_padding)
+        # No batch holds more than `max_tokens`, but for one that is a single image.
+        max_tokens = 0 if self._settings.deterministic else self._max_tokens
+        batch = choose(self._running, tick=self._tick, max_tokens=max_tokens, max_padding=self._max_padding)
         self._tick += 1
         outputs, failed = isolate(self._forward, batch, name=lambda image: image.name)
         for image, error in failed.items():

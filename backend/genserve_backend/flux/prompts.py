@@ -18,7 +18,7 @@ from genserve_backend.flux.lora.key_formats import TEXT_ENCODER
 from genserve_backend.worker.isolate import isolate
 
 MAX_PROMPTS = 16
-"""Prompts in one forward of the text encoders."""
+"""Prompts in one forward of the text encoders, at most."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class PromptEncoder:
         pipeline: The pipeline with the encoders and tokenizers.
         max_sequence_length: T5 tokens of a prompt.
         cache_bytes: Limit on the device memory of the cache; eviction is least recently used first.
+        max_prompts: Prompts in one forward.
         adapters: Adapters of the text encoder, if any are served.
     """
 
@@ -67,9 +68,11 @@ class PromptEncoder:
         *,
         max_sequence_length: int,
         cache_bytes: int,
+        max_prompts: int = MAX_PROMPTS,
         adapters: Adapters | None = None,
     ) -> None:
         self._pipeline = pipeline
+        self._max_prompts = max_prompts
         self._adapters = adapters
         # The encoders' weights may be in host memory between two encodings.
         self._device: torch.device = pipeline.transformer.device
@@ -94,8 +97,8 @@ class PromptEncoder:
             else:
                 found[prompt] = embedding
         failed: dict[Prompt, RequestError] = {}
-        for first in range(0, len(missing), MAX_PROMPTS):
-            encoded, errors = isolate(self._forward, missing[first : first + MAX_PROMPTS], name=_name)
+        for first in range(0, len(missing), self._max_prompts):
+            encoded, errors = isolate(self._forward, missing[first : first + self._max_prompts], name=_name)
             found |= encoded
             failed |= errors
             for prompt, embedding in encoded.items():

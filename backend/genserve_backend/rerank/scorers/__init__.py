@@ -7,6 +7,7 @@ import logging
 import torch
 
 from genserve_backend.checkpoints import CheckpointError
+from genserve_backend.compilation import use_cache
 from genserve_backend.devices import resolve_dtype
 from genserve_backend.logs import log
 from genserve_backend.matrices import has_int8
@@ -45,6 +46,8 @@ def build_scorer(checkpoint: RerankCheckpoint, settings: RerankSettings, device:
     int8 = settings.dtype == "int8"
     if int8 and not (target.type == "cpu" and has_int8()):
         raise CheckpointError(f"int8 needs a CPU that has VNNI, and this instance is on {device}")
+    if settings.compiled:
+        use_cache(settings.compile_cache)
     scorer = SCORERS[checkpoint.kind](
         checkpoint,
         max_length=limit,
