@@ -45,7 +45,7 @@ FLUX_VARIANTS: dict[str, Variant] = {
     "compile": Variant({"compiled": True}),
     "compile-by-size": Variant(instead=compile_blocks_by_size),
     "fp8": Variant({"dtype": "fp8"}),
-    "fp8-compile": Variant({"dtype": "fp8", "compiled": True}, instead=compile_blocks),
+    "fp8-compile": Variant({"dtype": "fp8", "compiled": True}),
 }
 RERANK_VARIANTS: dict[str, Variant] = {
     "eager": Variant({"compiled": False}),

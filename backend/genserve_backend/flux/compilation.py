@@ -11,6 +11,7 @@ import inspect
 import logging
 import math
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from genserve_backend.compilation import use_cache
 from genserve_backend.flux.attention import RaggedAttention
 from genserve_backend.flux.checkpoint import FluxCheckpoint
 from genserve_backend.flux.denoise import Denoiser
+from genserve_backend.flux.lora.adapters import Adapters
+from genserve_backend.flux.lora.cache import Combination
 from genserve_backend.flux.prompts import Embedding
 from genserve_backend.flux.request import PIXELS_PER_TOKEN, SIZE_MULTIPLE, parse
 from genserve_backend.flux.schedule import Scheduler
@@ -69,6 +72,7 @@ def compile_blocks(
     denoiser: Denoiser,
     scheduler: Scheduler,
     *,
+    adapters: Adapters,
     checkpoint: FluxCheckpoint,
     settings: FluxSettings,
 ) -> None:
@@ -78,6 +82,7 @@ def compile_blocks(
         pipeline: The denoiser's pipeline. The attention of its transformer is replaced.
         denoiser: One with real rotations.
         scheduler: Plans the steps of the images.
+        adapters: The denoiser's. If any are served, every kind of forward runs with and without them.
         checkpoint: The images are about as large as its native ones.
         settings: The limits.
 
@@ -97,8 +102,20 @@ def compile_blocks(
     is_masked = settings.padding_limit(denoiser.device.type) > 0 and not settings.deterministic
     prompt = _no_prompt(transformer, checkpoint, denoiser)
     with torch.inference_mode():  # like the engine's turns: compiled code is for one mode
-        for sizes in warm_up_sizes(tokens, masked=is_masked):
-            denoiser.step([_image(size, prompt, denoiser, scheduler, checkpoint) for size in sizes])
+        kinds: list[Sequence[Combination | None]] = [[None] * ROWS]
+        if neutral := adapters.neutral(ROWS):
+            kinds.append(neutral)
+        for combinations in kinds:
+            adapters.select(combinations)  # makes room for all of them before the first forward
+            for sizes in warm_up_sizes(tokens, masked=is_masked):
+                images = [_image(size, prompt, denoiser, scheduler, checkpoint) for size in sizes]
+                for image, combination in zip(images, combinations, strict=False):
+                    image.adapters = combination
+                denoiser.step(images)
+                for image in images:  # the denoiser keeps them
+                    image.adapters = None
+    del kinds, neutral, combinations, combination
+    adapters.trim()
     for block in _blocks(transformer):
         block._compiled_call_impl = torch._dynamo.run(block._call_impl)  # compiles nothing, unlike torch.compile
     log(logger, logging.INFO, "flux compiled", graphs=_graphs() - before, seconds=time.monotonic() - started)

@@ -80,11 +80,15 @@ class AdaptedModel:
         part: Its name in the pipeline.
         device: Its device.
         dtype: Its dtype.
+        takes_turns: Whether stacks hold the combinations of one forward only. Their shapes then follow from its rows.
     """
 
-    def __init__(self, model: nn.Module, part: str, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, model: nn.Module, part: str, *, device: torch.device, dtype: torch.dtype, takes_turns: bool = False
+    ) -> None:
         self._model = model
         self._part = part
+        self._takes_turns = takes_turns
         self._device = device
         self._dtype = dtype
         self._selection = Selection()
@@ -134,7 +138,11 @@ class AdaptedModel:
 
     def _stack(self, combinations: Sequence[Combination | None]) -> None:
         """Make sure that every combination has a slot."""
-        missing = [each for each in dict.fromkeys(combinations) if each is not None and each not in self._slots]
+        wanted = [each for each in dict.fromkeys(combinations) if each is not None]
+        missing = [each for each in wanted if each not in self._slots]
+        if self._takes_turns and wanted != list(self._slots):
+            self._rebuild(wanted)
+            return
         if not missing:
             return
         users = [*self._slots, *missing]
@@ -146,7 +154,7 @@ class AdaptedModel:
         try:
             self._rebuild(users)
         except torch.OutOfMemoryError:
-            self._rebuild(list(dict.fromkeys(each for each in combinations if each is not None)))
+            self._rebuild(wanted)
 
     def _rebuild(self, users: Sequence[Combination]) -> None:
         """Replace the stacks by new ones for `users` only."""

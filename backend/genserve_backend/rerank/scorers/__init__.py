@@ -46,7 +46,7 @@ def build_scorer(checkpoint: RerankCheckpoint, settings: RerankSettings, device:
     int8 = settings.dtype == "int8"
     if int8 and not (target.type == "cpu" and has_int8()):
         raise CheckpointError(f"int8 needs a CPU that has VNNI, and this instance is on {device}")
-    if settings.compiled:
+    if settings.compiles(device):
         use_cache(settings.compile_cache)
     scorer = SCORERS[checkpoint.kind](
         checkpoint,
