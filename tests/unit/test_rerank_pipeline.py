@@ -69,9 +69,7 @@ class QueueingScorer(Scorer):
         self.order: list[str] = []
 
     def tokenize(self, request: RerankRequest) -> Iterator[Slice]:
-        sequences = [
-            TokenSequence([0] * len(text), [], document) for document, text in enumerate(request.documents)
-        ]
+        sequences = [TokenSequence([0] * len(text), [], document) for document, text in enumerate(request.documents)]
         yield Slice(sequences, sum(map(len, request.documents)))
 
     def forward(self, batch: Sequence[TokenSequence]) -> torch.Tensor:
