@@ -14,8 +14,8 @@ import torch
 from transformers import AttentionInterface
 from turned_engine import TurnedEngine
 
-from genserve_backend.rerank.attention import PACKED, packed_attention
 from genserve_backend.rerank import scorers
+from genserve_backend.rerank.attention import PACKED, packed_attention
 from genserve_backend.rerank.build import build
 from genserve_backend.rerank.checkpoint import RerankCheckpoint
 from genserve_backend.rerank.request import RerankRequest
@@ -85,12 +85,15 @@ def test_model_that_cannot_be_compiled_runs_without(
     expected = scores(folder, compiled=False)
     monkeypatch.setattr(base, "can_fuse", lambda model, device: is_fused)
 
-    def fail(*_: Any, **__: Any) -> None:
+    def fail(*_: Any) -> None:
         raise RuntimeError("no C++ compiler\nfound")
 
-    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx_inner", fail)
+    monkeypatch.setattr(base.TorchScorer, "warm_up", fail)
+    graphs = torch._dynamo.utils.counters["stats"]
+    before = graphs["unique_graphs"]
     for one, other in zip(scores(folder, compiled=True), expected, strict=True):
         assert one == pytest.approx(other, abs=1e-5)
+    assert graphs["unique_graphs"] == before, "no request tries again"
     (record,) = [record for record in caplog.records if "without torch.compile" in record.message]
     assert "no C++ compiler" in record.__dict__["fields"]["reason"]
     assert record.__dict__["fields"]["setting"] == "RERANK_COMPILE"

@@ -1,4 +1,4 @@
-"""The decoder of GPUs, on a CPU, against transformers' layers: same scores, with cached, packed and evicted prefixes."""
+"""The decoder of GPUs, on a CPU, against transformers' layers: same scores with cached, packed and evicted prefixes."""
 
 from __future__ import annotations
 
@@ -193,8 +193,10 @@ def test_missing_prefixes_are_part_of_the_forward_that_needs_them(
     own = sum(sequence.length for sequence in batch)
     torch.testing.assert_close(made.forward(batch), expected, atol=1e-5, rtol=1e-5)
     computed = made.prefix_tokens_computed
-    distinct = {prefix.ids[:end] for each in batch if (prefix := each.prefix) for end in range(1, len(prefix.ids) + 1)}
-    assert computed == len(distinct), "each token of a prefix is computed once, whichever requests share it"
+    used = {prefix.ids: prefix for each in batch if (prefix := each.prefix)}
+    used |= {prefix.parent.ids: prefix.parent for prefix in used.values() if prefix.parent}
+    wanted = sum(len(prefix.new_ids) for prefix in used.values())
+    assert computed == wanted, "each prefix is computed once, whichever requests share it"
     assert calls == [own + computed], "in the same forward"
     torch.testing.assert_close(made.forward(batch), expected, atol=1e-5, rtol=1e-5)
     assert calls[1:] == [own]

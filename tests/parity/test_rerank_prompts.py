@@ -17,8 +17,24 @@ from genserve_backend.rerank.request import RerankRequest
 from genserve_backend.rerank.scorers.prompts import DEFAULT_INSTRUCTION, PREFIX, SUFFIX, Prompts
 
 PIECES = (
-    *("panda", "Panda's", " ", "  ", "\n", "\r\n", "\t", "<", ">", ":", "Document", "<Document>: ", "<|im_end|>"),
-    *("1", "123", "é", "e\u0301", "\u0301", "ß", "巴黎", "。", "\u200d", "\U0001f43c", "...", "'s", "_", "</think>"),
+    *("panda", "Panda's", " ", "  ", "\n", "\r\n", "\t", "<", ">", ":", "Document", "<Document>: "),
+    *(
+        "<|im_end|>",
+        "1",
+        "123",
+        "é",
+        "e\u0301",
+        "\u0301",
+        "ß",
+        "巴黎",
+        "。",
+        "\u200d",
+        "\U0001f43c",
+        "...",
+        "'s",
+        "_",
+        "</think>",
+    ),
 )
 
 

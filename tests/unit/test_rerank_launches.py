@@ -46,7 +46,8 @@ class Launches(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One operator in place of FlashAttention."""
+    """One operator in place of each of the kernels that the meta device lacks."""
+    monkeypatch.setattr(torch.nn.functional, "rms_norm", lambda states, *_: states.contiguous().neg())
     monkeypatch.setattr(varlen, "serves", lambda query: True)
     monkeypatch.setattr(varlen, "attend", lambda query, key, value, **_: query.transpose(1, 2).neg())
 
@@ -95,7 +96,7 @@ def launches(decoder: Any, *, prefix: bool) -> tuple[int, int]:
     return found[0], found[1]
 
 
-@pytest.mark.parametrize(("prefix", "per_layer"), [(True, 21), (False, 20)], ids=["prefix", "no prefix"])
+@pytest.mark.parametrize(("prefix", "per_layer"), [(True, 19), (False, 18)], ids=["prefix", "no prefix"])
 def test_decoder_launches_a_third_of_the_kernels(prefix: bool, per_layer: int) -> None:
     plain = model()
     prepare_packing(plain, one_position=True)

@@ -35,9 +35,7 @@ def computed(plan: Plan) -> list[list[int]]:
 def slots(cache: PrefixCache, plan: Plan) -> list[list[int]]:
     """The slots of each sequence's prefix."""
     return [
-        []
-        if entry is None
-        else [slot for part in entry.chain for slot in (part.slots if part.slots is not None else [])]
+        [int(slot) for part in (entry.chain if entry else []) if part.slots is not None for slot in part.slots]
         for entry in plan.entries
     ]
 

@@ -144,7 +144,7 @@ class PackedDecoder(nn.Module):
         self.uncompile_parts()
 
     def compile_parts(self) -> None:
-        """Compile the parts between the attentions, once for all layers and lengths. They compile when they first run."""
+        """Let the parts between the attentions be compiled as they first run, once for all layers and lengths."""
         self._enter, self._continue, self._continue_last, self._leave = map(torch.compile, _PARTS)
 
     def uncompile_parts(self) -> None:
@@ -260,7 +260,7 @@ def _leave(
 def _project(normed: Tensor, layer: Layer, rotation: Rotation, own: Tensor) -> Tensor:
     """Return the queries, ``[tokens, heads, width]``."""
     queries, keys = layer.heads
-    projected = functional.linear(normed, *layer.projection).unflatten(-1, (queries + 2 * keys, -1))
+    projected = functional.linear(normed, *layer.projection).view(len(normed), queries + 2 * keys, -1)
     states = projected[:, : queries + keys]
     if layer.of_heads is not None:
         # Values too, and then not used: one operator over everything needs no copy of a part.
@@ -283,8 +283,8 @@ def _project_last(
     selected = normed.index_select(0, positions)
     query = functional.linear(selected, weight[:split], None if bias is None else bias[:split])
     key_value = functional.linear(normed, weight[split:], None if bias is None else bias[split:])
-    query = query.unflatten(-1, (queries, -1))
-    key, value = key_value.unflatten(-1, (2, keys, -1)).unbind(1)
+    query = query.view(len(query), queries, -1)
+    key, value = key_value.view(len(normed), 2, keys, -1).unbind(1)
     if layer.of_heads is not None:
         norm = layer.of_heads
         query, key = (

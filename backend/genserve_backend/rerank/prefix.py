@@ -1,4 +1,4 @@
-"""Prefix caching: the tokens that several prompts begin with, computed once, in the forward of the first that needs them.
+"""Prefix caching: tokens that several prompts begin with, computed once, in the forward of the first that needs them.
 
 Host side only: which prefix is cached in which slots. `prefix_store` has the keys and values.
 """

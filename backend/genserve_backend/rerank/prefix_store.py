@@ -17,7 +17,6 @@ from torch import Tensor
 
 from genserve_backend.rerank.prefix import Entry, Plan
 
-
 LEAST_ROOM = 1024
 """Tokens of a forward that there is room for from the start."""
 
@@ -80,7 +79,8 @@ class PrefixStore:
 
     def _cached(self, rows: Tensor) -> Tensor:
         """Return the slots of all layers up to the last one that was ever used: on a CPU, the others take no memory."""
-        by_layer = rows[: self.own_start].unflatten(0, (self.shape.layers, self.slots))
+        shape = self.shape
+        by_layer = rows[: self.own_start].view(shape.layers, self.slots, 2, shape.heads, shape.width)
         return by_layer[:, : self._used_slots]
 
     def use(self, slots: NDArray[np.int32]) -> None:

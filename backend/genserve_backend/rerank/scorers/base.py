@@ -30,7 +30,6 @@ from genserve_backend.rerank.scorers.pending import Pending
 from genserve_backend.rerank.scorers.pretrained import load_model, load_tokenizer, pad_id
 from genserve_backend.rerank.sentence_transformers import Pooling
 
-
 PROBED_PREFIX = 3
 """Tokens of a prefix with which the forwards are warmed up."""
 

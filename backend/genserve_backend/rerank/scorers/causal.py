@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 from typing_extensions import Unpack
 
 from genserve_backend.rerank.checkpoint import RerankCheckpoint
-from genserve_backend.rerank.request import RerankRequest
 from genserve_backend.rerank.decoder import PackedDecoder
+from genserve_backend.rerank.request import RerankRequest
 from genserve_backend.rerank.scorers.base import Placement, Slice, TorchScorer
 from genserve_backend.rerank.scorers.layouts import Layout
 from genserve_backend.rerank.scorers.prompts import Prompts
