@@ -9,9 +9,7 @@ import pytest
 
 from studies.flux_step_cache import Comparison, Made, Run, broken_promises, compare, psnr_db
 
-GOOD = Comparison(
-    gain=1.5, skipped_steps=10.0, median_db=35.0, worst_db=25.0, adherence=0.85, adherence_without=0.86
-)
+GOOD = Comparison(gain=1.5, skipped_steps=10.0, median_db=35.0, worst_db=25.0, adherence=0.85, adherence_without=0.86)
 
 
 def test_psnr_is_that_of_the_mean_squared_error() -> None:
