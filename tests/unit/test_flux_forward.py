@@ -9,7 +9,7 @@ import torch
 
 from genserve_backend.flux.attention import RaggedAttention, complex_rotation
 from genserve_backend.flux.forward import Context, Forward, Rows, States
-from genserve_backend.flux.step_cache import CachedRow, MagCache, NoCache
+from genserve_backend.flux.step_cache import CachedRow, FirstBlockCache, MagCache, NoCache
 from random_flux import flux_transformer
 
 ROWS, TEXT, IMAGE = 3, 8, 12
@@ -107,6 +107,28 @@ def test_skipping_rows_leave_the_others_as_they_are(transformer: Any, *, masked:
     calls.clear()
     parts(forward, given, cache, [skipping] * ROWS)
     assert calls == []
+
+
+@torch.inference_mode()
+def test_first_block_reads_the_device_once_for_all_rows(transformer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = draw(transformer, torch.float32, masked=True)
+    forward, cache, reads = Forward(transformer), FirstBlockCache(), list[int]()
+    real = torch.Tensor.tolist
+
+    def tolist(tensor: torch.Tensor) -> Any:
+        reads.append(tensor.numel())
+        return real(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", tolist)
+    new = CachedRow(0.5, 0, 8, IMAGE - 5, None)
+    expected, first = parts(forward, given, cache, [PLAIN[0], new, new])
+    assert reads == []
+    again = [PLAIN[0], *(CachedRow(0.5, 1, 8, IMAGE - 5, residual) for residual in first.residuals[1:])]
+    velocities, output = parts(forward, given, cache, again)
+    assert reads == [2]
+    assert list(output.skipped) == [False, True, True]  # the inputs are the same
+    own = slice(0, IMAGE - 5)
+    assert torch.allclose(velocities[:, own], expected[:, own], atol=1e-5)
 
 
 def test_all_rows_are_selected_without_a_copy() -> None:
