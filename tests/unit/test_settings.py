@@ -203,7 +203,14 @@ def test_flux_instance_uses_one_gpu() -> None:
 
 @pytest.mark.parametrize(
     ("environ", "device", "expected"),
-    [({}, "cpu", 0.25), ({}, "cuda", 0.0), ({"max_padding": "1"}, "cuda", 1.0)],
+    [
+        ({}, "cpu", 0.25),
+        ({}, "cuda", 0.0),
+        ({"max_padding": "1"}, "cuda", 1.0),
+        ({"dtype": "int8"}, "cpu", 0.0),
+        ({"dtype": "int8", "max_padding": "1"}, "cpu", 1.0),
+        ({"dtype": "int8wo"}, "cpu", 0.25),
+    ],
     ids=str,
 )
 def test_padding_limit_depends_on_the_device(environ: dict[str, str], device: str, expected: float) -> None:
