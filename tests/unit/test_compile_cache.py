@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from genserve_backend import compilation
 from genserve_backend.compilation import FOLDER_ENV, default_folder, use_cache
 
 
@@ -50,7 +49,7 @@ def test_folder_of_another_user_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     owner = tmp_path.stat().st_uid
-    monkeypatch.setattr(compilation.os, "getuid", lambda: owner + 1)
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
     use_cache(tmp_path)
     assert os.environ[FOLDER_ENV] == ""
     assert "compiled code is not kept" in caplog.text

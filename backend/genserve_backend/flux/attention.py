@@ -71,7 +71,7 @@ def rotate(states: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
         pairs = torch.view_as_complex(states.float().reshape(*states.shape[:-1], -1, 2))
         return torch.view_as_real(pairs * rotation).flatten(-2).to(states.dtype)
     if torch.compiler.is_compiling():
-        return _rotate_compiled(states, rotation)
+        return rotate_pairs(states, rotation)
     rotated = torch.empty(states.shape, dtype=states.dtype, device=states.device)
     first, second = states.reshape(*states.shape[:-1], -1, 2).unbind(-1)
     new_first, new_second = rotated.view(*states.shape[:-1], -1, 2).unbind(-1)
@@ -82,34 +82,12 @@ def rotate(states: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     return rotated
 
 
-def _rotate_compiled(states: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    if states.device.type == "cpu":
-        # Inductor's code for pairs of numbers is slower on a CPU than a complex product, which it cannot compile.
-        product: torch.Tensor = torch.ops.genserve.rotate(states, rotation)
-        return product
-    return rotate_pairs(states, rotation)
-
-
 def rotate_pairs(states: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     """Return `rotate` for real rotations, in operators that Inductor makes one kernel of."""
     first, second = states.float().unflatten(-1, (-1, 2)).unbind(-1)
     cosines, sines = rotation.unbind(-1)
     pairs = torch.stack([first * cosines - second * sines, second * cosines + first * sines], dim=-1)
     return pairs.flatten(-2).to(states.dtype)
-
-
-def _rotate_on_cpu(states: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    return rotate(states.contiguous(), torch.view_as_complex(rotation))
-
-
-def _rotated_shape(states: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    return states.new_empty(states.shape)
-
-
-_library = torch.library.Library("genserve", "FRAGMENT")
-_library.define("rotate(Tensor states, Tensor rotation) -> Tensor")
-_library.impl("rotate", _rotate_on_cpu, "CPU")
-_library.impl("rotate", _rotated_shape, "Meta")
 
 
 def complex_rotation(cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
