@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 PROMPTS = (
     "a red circle",
     "a large green star on a yellow background",
-    "a yellow square to the left of a pink heart",
+    "a large pink triangle on a cyan background",
 )
 COLUMNS: tuple[tuple[str, dict[str, float]], ...] = (
     ("no LoRA", {}),

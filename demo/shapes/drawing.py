@@ -14,10 +14,10 @@ _OVERSAMPLING = 4
 """Factor by which pictures are drawn larger, for antialiasing."""
 _COLOUR_JITTER = 6
 """Maximum deviation of a colour, in levels per channel."""
-_PAPER, _GRID, _INK = (30, 66, 148), (66, 108, 190), (240, 244, 250)
+_PAPER, _INK = (34, 72, 180), (240, 244, 250)
 """Colours of a blueprint."""
-_GRID_STEP = 16
-"""Pixels between two lines of a blueprint's grid: the side of a token."""
+_LINE = {"neon": 1 / 7, "blueprint": 1 / 5}
+"""Width of outlines, as a share of a thing's radius."""
 
 Point = tuple[float, float]
 Colour = tuple[int, int, int]
@@ -33,11 +33,11 @@ def draw_picture(scene: Scene, *, width: int, height: int, rng: random.Random, s
     """Draw the scene in RGB; `rng` varies the colours a little. A blueprint has its own in place of the scene's."""
     size = width * _OVERSAMPLING, height * _OVERSAMPLING
     is_blueprint = style == "blueprint"
-    picture = _paper(size, rng) if is_blueprint else Image.new("RGB", size, _shade(COLOURS[scene.background], rng))
+    picture = Image.new("RGB", size, _shade(_PAPER if is_blueprint else COLOURS[scene.background], rng))
     for thing in scene.things:
         colour = _shade(_INK if is_blueprint else COLOURS[thing.colour], rng)
         corners = _place(thing, size)
-        line = thing.radius * min(size) / 7
+        line = _LINE.get(style, 0.0) * thing.radius * min(size)
         if style == "plain":
             ImageDraw.Draw(picture).polygon(corners, fill=colour)
         elif style == "neon":
@@ -45,18 +45,6 @@ def draw_picture(scene: Scene, *, width: int, height: int, rng: random.Random, s
         else:
             _trace(picture, corners, colour, width=line)
     return picture.reduce(_OVERSAMPLING)
-
-
-def _paper(size: tuple[int, int], rng: random.Random) -> Image.Image:
-    """Return a blueprint's paper with its grid."""
-    picture = Image.new("RGB", size, _shade(_PAPER, rng))
-    pen, grid = ImageDraw.Draw(picture), _shade(_GRID, rng)
-    for axis in (0, 1):
-        for start in range(0, size[axis], _GRID_STEP * _OVERSAMPLING):
-            low, high = [0, 0], [size[0], size[1]]
-            low[axis], high[axis] = start, start + _OVERSAMPLING - 1
-            pen.rectangle((*low, *high), fill=grid)
-    return picture
 
 
 def _trace(picture: Image.Image, corners: list[Point], colour: Colour, *, width: float) -> None:
