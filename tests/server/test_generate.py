@@ -98,6 +98,6 @@ def test_concurrent_callers_get_their_own_image(client: Client) -> None:
     assert not any(same(*pair) for pair in pairwise(together))
 
 
-def test_adapters_are_rejected(client: Client) -> None:
+def test_unknown_adapters_are_rejected(client: Client) -> None:
     with pytest.raises(InvalidInput, match="LORA"):
-        client.generate(PROMPT, lora=[{"name": "neon", "weight": 1.0}])
+        client.generate(PROMPT, lora=[{"name": "unknown", "weight": 1.0}])

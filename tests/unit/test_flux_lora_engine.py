@@ -28,7 +28,7 @@ from genserve_backend.flux.request import FluxRequest, FluxResult
 from genserve_backend.worker import engine as worker_engine
 from random_flux import write_random_flux
 
-SMALL = {"HEIGHT": 64, "WIDTH": 64, "STEPS": 4}
+SMALL = {"HEIGHT": 64, "WIDTH": 64, "STEPS": 2}
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def engine(checkpoint: FluxCheckpoint, folder: Path, monkeypatch: pytest.MonkeyP
 
 
 def request(engine: EngineRun, *names: str, weight: float = 1.0, **values: Any) -> FluxRequest:
-    lora = json.dumps([{"name": name, "weight": weight} for name in names])
+    lora = json.dumps([{"name": name, "weight": weight} for name in names if name])
     return engine.parse(**{**SMALL, "SEED": 3, "LORA": lora, **values})
 
 
@@ -280,11 +280,11 @@ def test_preempted_images_keep_their_adapters(checkpoint: FluxCheckpoint, folder
     engine.turn_until(lambda: count(engine.heartbeats, PREEMPTIONS) == 1)
 
 
-def failing(raised: Exception, above: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def failing(raised: type[Exception], above: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def make(real: Callable[..., Any]) -> Callable[..., Any]:
         def forward(hidden_states: torch.Tensor, **rest: Any) -> Any:
             if len(hidden_states) > above:
-                raise raised
+                raise raised("secret")
             return real(hidden_states=hidden_states, **rest)
 
         return forward
@@ -292,8 +292,8 @@ def failing(raised: Exception, above: int) -> Callable[[Callable[..., Any]], Cal
     return make
 
 
-@pytest.mark.parametrize("raised", [torch.OutOfMemoryError("secret"), RuntimeError("secret")], ids=["memory", "defect"])
-def test_failed_batch_is_halved(engine: EngineRun, raised: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("raised", [torch.OutOfMemoryError, RuntimeError], ids=["memory", "defect"])
+def test_failed_batch_is_halved(engine: EngineRun, raised: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     requests = [request(engine, name, SEED=seed) for seed, name in enumerate(["a", "b", "", "c", "a"])]
     alone = [engine.images(each)[0] for each in requests]
     transformer = engine.engine._denoiser._transformer
@@ -304,17 +304,17 @@ def test_failed_batch_is_halved(engine: EngineRun, raised: Exception, monkeypatc
 
 @pytest.mark.parametrize(
     ("raised", "kind"),
-    [(torch.OutOfMemoryError("secret"), OutOfMemory), (RuntimeError("secret"), ServerError)],
+    [(torch.OutOfMemoryError, OutOfMemory), (RuntimeError, ServerError)],
     ids=["memory", "defect"],
 )
 def test_adapter_that_does_not_fit_on_the_device_fails_its_request(
-    engine: EngineRun, raised: Exception, kind: type[RequestError], monkeypatch: pytest.MonkeyPatch
+    engine: EngineRun, raised: type[Exception], kind: type[RequestError], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = Adapter.place
 
     def place(adapter: Adapter) -> None:
         if adapter.name == "b":
-            raise raised
+            raise raised("secret")
         real(adapter)
 
     with monkeypatch.context() as patch:

@@ -12,7 +12,7 @@ from queue import SimpleQueue
 import torch
 from cachetools import LRUCache
 
-from genserve_backend.devices import limit_threads
+from genserve_backend.devices import limit_threads, own_stream
 from genserve_backend.errors import InvalidInput, RequestError
 from genserve_backend.flux.lora.cache import Adapter, AdapterCache, Combination, Part
 from genserve_backend.flux.lora.folder import AdapterError, AdapterFile, find, read_bytes
@@ -87,10 +87,11 @@ class AdapterLoader:
 
     def _run(self) -> None:
         limit_threads()
-        while True:
-            loras, done = self._queue.get()
-            with self._busy:
-                done(self._combine(loras))
+        with torch.inference_mode(), own_stream(self._device):  # for the device: memory is pinned for the current one
+            while True:
+                loras, done = self._queue.get()
+                with self._busy:
+                    done(self._combine(loras))
 
     def _combine(self, loras: Sequence[Lora]) -> Combination | RequestError:
         parts = []
