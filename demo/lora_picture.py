@@ -15,9 +15,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 HERE = Path(__file__).resolve().parent
 PROMPTS = (
-    "a red circle",
-    "a large green star on a yellow background",
-    "a large pink triangle on a cyan background",
+    "a large red circle",
+    "a large green square",
+    "a large pink triangle",
 )
 COLUMNS: tuple[tuple[str, dict[str, float]], ...] = (
     ("no LoRA", {}),
