@@ -1,7 +1,7 @@
 """Key formats of adapter files: diffusers, PEFT, Kohya and others, through diffusers' own converters.
 
-The result is what ``FluxPipeline.load_lora_weights`` passes to PEFT. What diffusers would drop silently is an error here,
-unless it is zero.
+The result is what ``FluxPipeline.load_lora_weights`` passes to PEFT. What diffusers would drop silently is an error
+here, unless it is zero.
 """
 
 from __future__ import annotations

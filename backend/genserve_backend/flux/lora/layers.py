@@ -6,7 +6,7 @@ are written when a combination joins, so images that come and go rarely cause a 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -66,9 +66,8 @@ def add_low_rank(product: Tensor, states: Tensor, down: Tensor, up: Tensor) -> T
 
 
 @cache
-def _adapted(kind: Hashable) -> Any:
+def _adapted(kind: Any) -> Any:
     """Return a kind of layer with the mixin."""
-    assert isinstance(kind, type)
     return type(f"Adapted{kind.__name__}", (Adapted, kind), {"__module__": __name__})
 
 
@@ -98,7 +97,8 @@ class AdaptedModel:
         self._selections: dict[tuple[int, ...], Tensor] = {}
         for name, layer in model.named_modules():
             if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
-                layer.__class__ = _adapted(type(layer))
+                kind: Any = type(layer)
+                layer.__class__ = _adapted(kind)
                 layer.selection = self._selection
                 self._layers[name] = layer
 
@@ -224,7 +224,7 @@ class AdaptedModel:
 
 
 def _capacity(users: int) -> int:
-    """Return the slots for a number of combinations, with slot 0 for none: a power of two, so that few join at a cost."""
+    """Return the slots for a number of combinations and for none: a power of two, so that few join at a cost."""
     return 1 << users.bit_length()
 
 
