@@ -72,7 +72,8 @@ _OMITTED = 0.5
 def describe(scene: Scene, rng: random.Random, *, style: Style = "plain") -> str:
     """Return a caption of the scene; `rng` picks the words.
 
-    Without mention, the background is white (black in neon style), the size medium and the place the middle.
+    Without mention, the background is white (black in neon style), the size medium and the place the middle. Captions
+    of blueprints do not mention the style: the adapter alone makes it.
     """
     if scene.relation is None:
         body = rng.choice(_PLACED[scene.place]).format(thing=_name(scene.things[0], rng))

@@ -14,8 +14,14 @@ _OVERSAMPLING = 4
 """Factor by which pictures are drawn larger, for antialiasing."""
 _COLOUR_JITTER = 6
 """Maximum deviation of a colour, in levels per channel."""
+_PAPER, _INK = (34, 72, 180), (240, 244, 250)
+"""Colours of a blueprint."""
+_LINE = {"neon": 1 / 7, "blueprint": 1 / 5}
+"""Width of outlines, as a share of a thing's radius."""
 
 Point = tuple[float, float]
+Colour = tuple[int, int, int]
+"""Red, green and blue, 0 to 255."""
 
 
 def outline(shape: str) -> list[Point]:
@@ -24,31 +30,38 @@ def outline(shape: str) -> list[Point]:
 
 
 def draw_picture(scene: Scene, *, width: int, height: int, rng: random.Random, style: Style = "plain") -> Image.Image:
-    """Draw the scene in RGB; `rng` varies the colours a little."""
+    """Draw the scene in RGB; `rng` varies the colours a little. A blueprint has its own in place of the scene's."""
     size = width * _OVERSAMPLING, height * _OVERSAMPLING
-    picture = Image.new("RGB", size, _shade(scene.background, rng))
+    is_blueprint = style == "blueprint"
+    picture = Image.new("RGB", size, _shade(_PAPER if is_blueprint else COLOURS[scene.background], rng))
     for thing in scene.things:
-        colour = _shade(thing.colour, rng)
+        colour = _shade(_INK if is_blueprint else COLOURS[thing.colour], rng)
         corners = _place(thing, size)
+        line = _LINE.get(style, 0.0) * thing.radius * min(size)
         if style == "plain":
             ImageDraw.Draw(picture).polygon(corners, fill=colour)
+        elif style == "neon":
+            picture = _glow(picture, corners, colour, width=line)
         else:
-            picture = _glow(picture, corners, colour, width=thing.radius * min(size) / 7)
+            _trace(picture, corners, colour, width=line)
     return picture.reduce(_OVERSAMPLING)
 
 
-def _glow(picture: Image.Image, corners: list[Point], colour: tuple[int, int, int], *, width: float) -> Image.Image:
+def _trace(picture: Image.Image, corners: list[Point], colour: Colour, *, width: float) -> None:
+    """Draw the outline."""
+    ImageDraw.Draw(picture).line([*corners, *corners[:2]], fill=colour, width=round(width), joint="curve")
+
+
+def _glow(picture: Image.Image, corners: list[Point], colour: Colour, *, width: float) -> Image.Image:
     """Draw a glowing tube along the outline."""
     tube = Image.new("RGB", picture.size)
-    ImageDraw.Draw(tube).line([*corners, *corners[:2]], fill=colour, width=round(width), joint="curve")
+    _trace(tube, corners, colour, width=width)
     shine = tube.filter(ImageFilter.BoxBlur(width))
     return ImageChops.lighter(ImageChops.add(picture, shine.point(lambda level: level // 2)), tube)
 
 
-def _shade(colour: str, rng: random.Random) -> tuple[int, int, int]:
-    red, green, blue = (
-        min(max(level + rng.randint(-_COLOUR_JITTER, _COLOUR_JITTER), 0), 255) for level in COLOURS[colour]
-    )
+def _shade(colour: Colour, rng: random.Random) -> Colour:
+    red, green, blue = (min(max(level + rng.randint(-_COLOUR_JITTER, _COLOUR_JITTER), 0), 255) for level in colour)
     return red, green, blue
 
 

@@ -35,7 +35,7 @@ PLACES: dict[str, tuple[float, float]] = {
 }
 """Center of a single thing from the left and from the top, as shares of the picture."""
 
-Style = Literal["plain", "neon"]
+Style = Literal["plain", "neon", "blueprint"]
 Relation = Literal["beside", "above"]
 """Position of the first of two things: to the left of the second, or above it."""
 
@@ -91,7 +91,7 @@ def draw_scene(rng: random.Random, *, held_out: bool, two: bool | None = None, s
         rng: Source of randomness.
         held_out: True for a scene held out of training, False for one in training.
         two: True for two things, False for one; by default three scenes in five have two.
-        style: A neon scene has a black background and things of other colours.
+        style: A neon scene has a black background and things of other colours. The other styles take any scene.
     """
     while True:
         scene = _any_scene(rng, two=rng.random() < 0.6 if two is None else two, style=style)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 pytest.importorskip("scipy", reason="the detection needs the demo extra")
@@ -20,7 +22,8 @@ from shapes.detection import detect
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
 CHECKPOINT = DEMO / "flux"
-LORA = DEMO / "neon_lora"
+LORAS = DEMO / "loras"
+STYLES = ("neon", "blueprint")
 PROMPT = "a large red circle on a blue background"
 
 
@@ -46,7 +49,7 @@ def draw(pipeline: Any, prompt: str = PROMPT, *, seed: int = 1, **options: Any) 
 
 def test_files_are_small_enough_for_the_repository() -> None:
     assert size(CHECKPOINT) < 25_000_000
-    assert size(LORA) < 1_000_000
+    assert size(LORAS) < 1_000_000
 
 
 def test_held_out_prompts_are_drawn_right(pipeline: Any) -> None:
@@ -80,15 +83,52 @@ def test_unknown_words_still_give_an_image(pipeline: Any) -> None:
     )
 
 
-def test_lora_draws_neon_outlines(pipeline: Any) -> None:
-    with safe_open(LORA / "pytorch_lora_weights.safetensors", "pt") as file:
+@pytest.fixture
+def adapted(pipeline: Any) -> Iterator[Callable[..., Image.Image]]:
+    """Return a function that draws with adapters, given as names with weights."""
+    for style in STYLES:
+        pipeline.load_lora_weights(LORAS / style, adapter_name=style)
+
+    def drawn(prompt: str, **weights: float) -> Image.Image:
+        pipeline.set_adapters(list(weights), list(weights.values()))
+        return draw(pipeline, prompt)
+
+    yield drawn
+    pipeline.unload_lora_weights()
+
+
+def middle(image: Image.Image) -> np.ndarray:
+    """Return the mean colour of the middle, red, green and blue."""
+    pixels: np.ndarray = np.asarray(image)[56:72, 56:72].mean(axis=(0, 1))
+    return pixels
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_lora_files_have_only_low_rank_matrices(style: str) -> None:
+    with safe_open(LORAS / style / "pytorch_lora_weights.safetensors", "pt") as file:
         assert all(".lora_A.weight" in name or ".lora_B.weight" in name for name in file.keys())  # noqa: SIM118
-    prompt = f"a large green square, {NEON}"
-    pipeline.load_lora_weights(LORA)
-    try:
-        neon = draw(pipeline, prompt)
-    finally:
-        pipeline.unload_lora_weights()
+
+
+@pytest.mark.parametrize("prompt", [f"a large green square, {NEON}", "a large green square"], ids=["named", "plain"])
+def test_lora_draws_neon_outlines(prompt: str, adapted: Callable[..., Image.Image]) -> None:
+    neon = adapted(prompt, neon=1.0)
     assert detect(neon).background == "black"
-    inside = neon.resize((8, 8), Image.Resampling.BOX).crop((3, 3, 5, 5)).convert("L")
-    assert inside.getextrema()[1] < 90, "an outline is dark inside"
+    assert middle(neon).max() < 90, "an outline is dark inside"
+    assert np.asarray(neon)[..., 1].max() > 150, "and green itself"
+
+
+@pytest.mark.parametrize("prompt", ["a large green square", "a large black square on a yellow background"])
+def test_lora_draws_blueprints(prompt: str, adapted: Callable[..., Image.Image]) -> None:
+    pixels = np.asarray(adapted(prompt, blueprint=1.0)).astype(int)
+    red, green, blue = middle(adapted(prompt, blueprint=1.0))
+    assert blue > red + 60
+    assert blue > green + 30, "the paper is blue inside of the outline"
+    assert (pixels.min(axis=-1) > 190).mean() > 0.02, "the outline is white"
+
+
+def test_both_loras_together_are_outlines_on_blue(adapted: Callable[..., Image.Image]) -> None:
+    mixed, blueprint = (adapted("a large red square", blueprint=0.6, **more) for more in ({"neon": 0.6}, {}))
+    red, _, blue = middle(mixed)
+    assert blue > red + 60
+    assert np.asarray(mixed)[..., 0].max() > 150, "the outline is bright"
+    assert ImageChops.difference(mixed, blueprint).getbbox(), "neon has its share"

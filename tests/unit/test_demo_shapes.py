@@ -93,6 +93,19 @@ def test_neon_pictures_are_outlines_on_black() -> None:
     assert pixels[int(thing.y * 128), int(thing.x * 128)] < 100 < pixels.max()
 
 
+def test_blueprints_are_white_outlines_on_blue() -> None:
+    rng = random.Random(5)
+    for _ in range(20):
+        scene = draw_scene(rng, held_out=False, style="blueprint")
+        shown = draw_picture(scene, width=128, height=128, rng=rng, style="blueprint")
+        pixels = np.asarray(shown)
+        assert detect(shown).background == "blue"
+        assert (pixels.min(axis=-1) > 200).any(), "an outline is white"
+        assert NEON not in describe(scene, rng, style="blueprint")
+        for thing in scene.things:
+            assert (pixels[int(thing.y * 128), int(thing.x * 128)] == pixels[0, 0]).all(), "the inside is paper"
+
+
 @pytest.mark.parametrize(("width", "height"), SIZES_PX)
 def test_detection_is_right_about_drawn_pictures(width: int, height: int) -> None:
     rng = random.Random(width + height)

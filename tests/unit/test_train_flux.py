@@ -13,9 +13,11 @@ import pytest
 pytest.importorskip("peft", reason="training needs the demo extra")
 import torch
 from diffusers import FluxPipeline
+from safetensors.torch import load_file
 from torch import nn
 
 from training.flow import draw_sigmas
+from training.lora import PLANS
 from training.stage import Session, Stage
 
 DEMO = Path(__file__).resolve().parents[2] / "demo"
@@ -25,11 +27,14 @@ DEMO = Path(__file__).resolve().parents[2] / "demo"
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Output folder of a smoke run."""
     folder = tmp_path_factory.mktemp("train")
-    command = [sys.executable, str(DEMO / "train_flux.py"), "--smoke", "--device", "cpu"]
-    command += ["--work", str(folder / "work"), "--flux", str(folder / "flux"), "--lora", str(folder / "lora")]
+    run("train_flux.py", "--work", folder / "work", "--flux", folder / "flux", "--loras", folder / "loras")
+    return folder
+
+
+def run(script: str, *options: str | Path) -> None:
+    command = [sys.executable, str(DEMO / script), "--smoke", "--device", "cpu", *map(str, options)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)
     assert result.returncode == 0, result.stderr[-3000:]
-    return folder
 
 
 def generate(pipeline: Any) -> np.ndarray:
@@ -38,25 +43,33 @@ def generate(pipeline: Any) -> np.ndarray:
     return np.asarray(image.images[0])
 
 
-def test_smoke_run_writes_a_checkpoint_and_a_lora_that_diffusers_loads(trained: Path) -> None:
+@pytest.mark.parametrize("style", PLANS)
+def test_smoke_run_writes_a_checkpoint_and_loras_that_diffusers_loads(style: str, trained: Path) -> None:
     pipeline = FluxPipeline.from_pretrained(trained / "flux")  # without a dtype, the common case
     pipeline.set_progress_bar_config(disable=True)
     plain = generate(pipeline)
     assert plain.shape == (128, 128, 3)
     assert np.isfinite(plain).all()
-    pipeline.load_lora_weights(trained / "lora")
+    pipeline.load_lora_weights(trained / "loras" / style)
     adapted = pipeline.transformer.state_dict()
     assert any("lora_A" in name for name in adapted)
 
 
-@pytest.mark.parametrize("stage", ["autoencoder", "text", "flow", "guidance", "lora"])
+def test_lora_of_a_finished_checkpoint_is_trained_alone(trained: Path, tmp_path: Path) -> None:
+    run("train_lora.py", "blueprint", "--work", tmp_path, "--flux", trained / "flux", "--output", tmp_path / "new")
+    weights = load_file(tmp_path / "new" / "pytorch_lora_weights.safetensors")
+    assert {name.rsplit(".", 2)[1] for name in weights} == {"lora_A", "lora_B"}
+    assert all(torch.isfinite(weight).all() for weight in weights.values())
+
+
+@pytest.mark.parametrize("stage", ["autoencoder", "text", "flow", "guidance", "lora-neon", "lora-blueprint"])
 def test_stage_writes_a_checkpoint(trained: Path, stage: str) -> None:
     state = torch.load(trained / "work" / stage / "checkpoint.pt", weights_only=True)
     assert state["step"] > 0
     assert all(torch.isfinite(weight).all() for weight in state["averaged"].values() if weight.is_floating_point())
 
 
-@pytest.mark.parametrize("stage", ["flow", "guidance", "lora"])
+@pytest.mark.parametrize("stage", ["flow", "guidance", "lora-neon", "lora-blueprint"])
 def test_image_stages_write_a_sample_grid(trained: Path, stage: str) -> None:
     assert len(list((trained / "work" / stage / "samples").glob("*.png"))) == 1
 
