@@ -28,6 +28,8 @@ RerankDType = Literal[DType, "int8"]
 WeightsDType = Literal["float32", "bfloat16", "float16"]
 
 CONFIG_FILE = "config.pbtxt"
+RELATIVE_PATHS = ("model_path", "lora_path")
+"""Settings that may be relative to the model repository in config.pbtxt."""
 HANG_TIMEOUT_S = 300.0
 
 
@@ -92,6 +94,8 @@ class FluxSettings(ModelSettings):
 
     model_path: Annotated[Path, Env("FLUX_MODEL_PATH")]
     """A FLUX checkpoint folder in diffusers format."""
+    lora_path: Annotated[Path | None, Env("LORA_PATH")] = None
+    """The folder of LoRA adapters that requests can name: NAME.safetensors or NAME/pytorch_lora_weights.safetensors."""
     dtype: Annotated[DType, Env("FLUX_DTYPE")] = "auto"
     """dtype of the weights; auto is bfloat16 on a GPU and float32 on a CPU."""
     max_pixels: Annotated[int, Env("MAX_PIXELS")] = Field(default=2048 * 2048, ge=64 * 64, le=2**28)
@@ -285,7 +289,7 @@ def load(
     Args:
         kind: The settings class of the model.
         parameters: The ``parameters {}`` of its config.pbtxt.
-        repository: The model repository, the base of a relative ``model_path``.
+        repository: The model repository, the base of relative paths in ``parameters {}``.
         environ: The environment with the overrides.
 
     Raises:
@@ -293,8 +297,9 @@ def load(
     """
     values, origin = _given(kind, parameters, environ)
     try:
-        if "model_path" in values and origin["model_path"] == CONFIG_FILE:
-            values["model_path"] = str((repository / values["model_path"]).resolve())
+        for name in RELATIVE_PATHS:
+            if values.get(name) and origin[name] == CONFIG_FILE:
+                values[name] = str((repository / values[name]).resolve())
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]

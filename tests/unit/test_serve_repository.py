@@ -263,6 +263,16 @@ def test_relative_model_path_becomes_absolute(rendered: Rendered, tmp_path: Path
     assert config.parameters["model_path"].string_value == str(tmp_path / "beside" / "flux")
 
 
+def test_relative_lora_path_becomes_absolute(rendered: Rendered, repository: Path, tmp_path: Path) -> None:
+    config = repository / "flux" / "config.pbtxt"
+    config.write_text(config.read_text() + 'parameters [ { key: "lora_path", value: { string_value: "../loras" } } ]')
+    assert rendered("flux").parameters["lora_path"].string_value == str(tmp_path / "loras")
+
+
+def test_adapters_need_no_folder(rendered: Rendered) -> None:
+    assert "lora_path" not in rendered("flux").parameters
+
+
 def test_environment_model_path_becomes_absolute(
     rendered: Rendered, checkpoints: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -404,6 +414,7 @@ def test_shipped_repository_renders(checkpoints: dict[str, str], tmp_path: Path)
         before, after = read_config(SHIPPED, model), read_config(target, model)
         assert after.parameters["model_path"].string_value == checkpoints[f"{model.upper()}_MODEL_PATH"]
         for config in (before, after):
-            del config.parameters["model_path"]
+            for name in {"model_path", "lora_path"} & set(config.parameters):
+                del config.parameters[name]
         assert after == before
     assert read_config(target, "tasks") == read_config(SHIPPED, "tasks")

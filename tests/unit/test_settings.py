@@ -72,6 +72,14 @@ def test_every_documented_variable_reaches_its_field() -> None:
 )
 def test_relative_parameter_starts_at_the_repository(parameter: str, environ: dict[str, str], expected: str) -> None:
     assert flux({"model_path": parameter}, **environ).model_path == Path(expected)
+    environ = {name.replace("FLUX_MODEL", "LORA"): value for name, value in environ.items()}
+    assert flux({"lora_path": parameter}, **environ).lora_path == Path(expected)
+
+
+@pytest.mark.parametrize("parameters", [{}, {"lora_path": "../demo/loras"}], ids=["no-parameter", "parameter"])
+def test_empty_variable_sets_no_adapters_folder(parameters: dict[str, str]) -> None:
+    expected = Path("/demo/loras") if parameters else None
+    assert flux(parameters, LORA_PATH="").lora_path == expected
 
 
 @pytest.mark.parametrize(

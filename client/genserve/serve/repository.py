@@ -23,6 +23,7 @@ from genserve_backend.flux.checkpoint import FluxCheckpoint
 from genserve_backend.rerank.checkpoint import RerankCheckpoint
 from genserve_backend.settings import (
     HANG_TIMEOUT_S,
+    RELATIVE_PATHS,
     FluxSettings,
     ModelSettings,
     RerankSettings,
@@ -120,13 +121,15 @@ def parse_settings(name: str, config: Any, repository: Path, environ: Mapping[st
 
 
 def _check(name: str, config: Any, repository: Path, environ: Mapping[str, str]) -> ModelSettings:
-    """Check settings and checkpoint before Triton starts, and write the absolute checkpoint path."""
+    """Check settings and checkpoint before Triton starts, and write absolute paths."""
     settings = parse_settings(name, config, repository, environ)
     try:
         CHECKPOINTS[name][1](settings.model_path)
     except CheckpointError as error:
         raise ServeError(f"{name}: {error}") from None
-    config.parameters["model_path"].string_value = str(settings.model_path.absolute())
+    for key in RELATIVE_PATHS:
+        if path := getattr(settings, key, None):
+            config.parameters[key].string_value = str(path.absolute())
     return settings
 
 
