@@ -37,6 +37,7 @@ from genserve.server import Server, answers
 from genserve.status import model_statuses, server_status
 from genserve.transport import AsyncTransport, Transport, adapted, connect_to
 from genserve.types import (
+    Adapters,
     GeneratedImage,
     ImageFormat,
     InstanceLoad,
@@ -137,7 +138,8 @@ class AsyncClient:
         steps: int | None = None,
         guidance: float | None = None,
         seed: int | None = None,
-        lora: Sequence[dict[str, Any]] = (),
+        lora: Adapters = (),
+        cache: float | None = None,
         format: ImageFormat | None = None,  # noqa: A002  # the tensor's name
         priority: Priority = "normal",
         timeout: float | None = None,
@@ -155,7 +157,9 @@ class AsyncClient:
             steps: Denoising steps, 1 to 100.
             guidance: Guidance scale, 0 to 20.
             seed: 0 to 2**63 - 1; the same seed gives the same image. Default: a random one, drawn by the client.
-            lora: Adapters, as ``{"name": str, "weight": float}``.
+            lora: LoRA adapters that the server has: a name, ``(name, weight)``, ``{name: weight}``, or a list of names,
+                pairs or ``{"name": name, "weight": weight}``. The default weight is 1.
+            cache: Threshold for skipping steps that would hardly change the image, 0 to 1; 0 skips none.
             format: ``png``, ``jpeg`` or ``webp``.
             priority: ``high``, ``normal`` or ``low``.
             timeout: Deadline of the call, in seconds.
@@ -179,6 +183,7 @@ class AsyncClient:
             # Drawn here, so that a request that is sent again makes the same image.
             seed=secrets.randbelow(2**63) if seed is None else seed,
             lora=lora,
+            cache=cache,
             format=format,
             priority=priority,
             task_id=task_id or uuid.uuid4().hex,

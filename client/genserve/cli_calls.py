@@ -28,11 +28,28 @@ SUFFIXES: dict[str, ImageFormat] = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpe
 output_type = click.Path(dir_okay=False, readable=False, path_type=Path)
 
 
+def _adapters(context: click.Context, option: click.Parameter, given: tuple[str, ...]) -> list[tuple[str, float]]:
+    """Return names with their weights. The last = divides the two."""
+    return [_adapter(each) for each in given]
+
+
+def _adapter(text: str) -> tuple[str, float]:
+    name, equals, weight = text.rpartition("=")
+    if not equals:
+        return text, 1.0
+    try:
+        return name, float(weight)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} has the weight {weight!r}; allowed: a number, as in neon=0.6") from None
+
+
 @click.command(
     epilog=examples(
         'genserve generate "a red circle on a blue background" -o circle.png --steps 4 --seed 7',
         'genserve generate "a blue star" -o star.webp --negative-prompt "a circle" --priority high',
         'genserve generate "a green square" --show',
+        'genserve generate "a red circle" -o neon.png --lora neon',
+        'genserve generate "a red circle" -o both.png --lora neon=0.6 --lora blueprint=0.6 --cache 0.06',
     )
 )
 @click.argument("prompt")
@@ -45,6 +62,14 @@ output_type = click.Path(dir_okay=False, readable=False, path_type=Path)
 @click.option("--steps", type=int, help="Denoising steps, 1 to 100.")
 @click.option("--guidance", type=float, help="Guidance scale, 0 to 20.")
 @click.option("--seed", type=int, help="0 to 2^63 - 1; the same seed gives the same image.  [default: random]")
+@click.option(
+    "--lora",
+    multiple=True,
+    metavar="NAME[=WEIGHT]",
+    callback=_adapters,
+    help="LoRA adapter that the server has, as in neon or neon=0.6. Repeatable.",
+)
+@click.option("--cache", type=float, help="Skip steps that would hardly change the image: 0 to 1.  [default: 0, none]")
 @click.option("--format", "image_format", help="png, jpeg or webp.  [default: from the file name]")
 @click.option("-q", "--quiet", is_flag=True, help="Print no progress and no summary.")
 @request_options
@@ -89,8 +114,9 @@ def generate(
 
 def _summary(output: Path | None, image: GeneratedImage) -> str:
     info = image.info
+    skipped = f" ({info['skipped_steps']} skipped)" if info.get("skipped_steps") else ""
     text = (
-        f"{info['width']} x {info['height']}, {info['steps']} steps, seed {image.seed},"
+        f"{info['width']} x {info['height']}, {info['steps']} steps{skipped}, seed {image.seed},"
         f" {info['elapsed_time']:.2f} s on {info['device']}"
     )
     return f"{output}: {text}" if output else text

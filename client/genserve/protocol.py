@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import operator
-from collections.abc import Callable, Sequence
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import Any, TypeVar, get_args, get_type_hints
@@ -14,6 +16,7 @@ import numpy.typing as npt
 
 from genserve.errors import InvalidInput, ServerError
 from genserve.types import (
+    Adapters,
     GeneratedImage,
     InstanceLoad,
     Priority,
@@ -27,6 +30,7 @@ from genserve.types import (
 PRIORITIES: dict[Priority, int] = {"high": 1, "normal": 2, "low": 3}
 """Triton's priority levels; 1 is served first."""
 MAX_TASK_ID_CHARACTERS = 256
+LORA_FORMS = 'a name, (name, weight), {name: weight}, or a list of names, pairs or {"name": name, "weight": weight}'
 
 DTYPES = {
     "PROMPT": "BYTES",
@@ -37,6 +41,7 @@ DTYPES = {
     "STEPS": "INT32",
     "GUIDANCE": "FP32",
     "SEED": "INT64",
+    "CACHE": "FP32",
     "LORA": "BYTES",
     "FORMAT": "BYTES",
     "ENCODING": "BYTES",
@@ -81,14 +86,14 @@ def generate_call(
     *,
     priority: Priority,
     task_id: str,
-    lora: Sequence[dict[str, Any]],
+    lora: Adapters = (),
     **settings: Any,
 ) -> Call:
-    """Return a `flux` request for one image. Settings that are None are not sent."""
+    """Return a `flux` request for one image. Settings that are None are not sent, nor is an empty `lora`."""
     values: dict[str, Any] = {"PROMPT": prompt, "TASK_ID": task_id}
     values |= {name.upper(): value for name, value in settings.items() if value is not None}
-    if lora:
-        values["LORA"] = _lora(lora)
+    if adapters := lora_adapters(lora):
+        values["LORA"] = json.dumps(adapters)
     return Call(
         "flux",
         {name: _array(name, [value], (1, 1)) for name, value in values.items()},
@@ -224,11 +229,63 @@ _PLAIN: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def _lora(adapters: Sequence[dict[str, Any]]) -> str:
+def lora_adapters(given: Adapters | None) -> list[dict[str, Any]]:
+    """Return adapters in the form of the tensor LORA: ``{"name": str, "weight": float}`` each.
+
+    Args:
+        given: One adapter, weights by name, or a sequence of adapters; None for none.
+
+    Raises:
+        InvalidInput: `given` has another form, an empty name, or a weight that is not a finite number.
+    """
+    if given is None:
+        return []
+    if _is_adapter(given):
+        return [_adapter(given)]
+    if isinstance(given, Mapping):
+        return [_adapter(pair) for pair in given.items()]
+    if isinstance(given, Sequence) and not isinstance(given, (bytes, bytearray)):
+        return [_adapter(each) for each in given]
+    raise _not_lora(given)
+
+
+def _is_adapter(given: Any) -> bool:
+    """Return whether the value is one adapter: a name, a pair of name and weight, or a mapping with a name."""
+    if isinstance(given, Mapping):
+        return isinstance(given.get("name"), str)  # {"name": 1.0} is an adapter called "name"
+    if isinstance(given, (tuple, list)):
+        return len(given) == 2 and not isinstance(given[1], (str, tuple, list, Mapping))
+    return isinstance(given, str)
+
+
+def _adapter(given: Any) -> dict[str, Any]:
+    name, weight = given, 1.0
+    if isinstance(given, (tuple, list)) and len(given) == 2:
+        name, weight = given
+    elif isinstance(given, Mapping) and given.keys() <= {"name", "weight"}:
+        name, weight = given.get("name"), given.get("weight", 1.0)
+    if not isinstance(name, str):
+        raise _not_lora(given)
     try:
-        return json.dumps(list(adapters))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise InvalidInput(f"LORA cannot be sent as JSON: {error}") from None
+        is_name = bool(name.encode())
+    except UnicodeEncodeError:
+        is_name = False
+    if not is_name:
+        raise InvalidInput(f"LORA has the name {reprlib.repr(name)}; allowed: text, not empty")
+    if isinstance(weight, bool) or not isinstance(weight, Real) or not _is_finite(weight):
+        raise InvalidInput(f"LORA has the weight {reprlib.repr(weight)} for {name!r:.80}; allowed: a finite number")
+    return {"name": name, "weight": float(weight)}
+
+
+def _is_finite(number: Real) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # a whole number beyond the largest float
+        return False
+
+
+def _not_lora(given: Any) -> InvalidInput:
+    return InvalidInput(f"LORA is {reprlib.repr(given)}; allowed: {LORA_FORMS}")
 
 
 def _priority(name: Priority) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,10 @@ Priority = Literal["high", "normal", "low"]
 """Priority of a request."""
 ImageFormat = Literal["png", "jpeg", "webp"]
 """Encoding of an image."""
+Adapter = str | tuple[str, float] | Mapping[str, Any]
+"""LoRA adapter: a name, which has weight 1; a name with its weight; or ``{"name": str, "weight": float}``."""
+Adapters = Adapter | Mapping[str, float] | Sequence[Adapter]
+"""Adapters of one image: one, several, or weights by name."""
 TaskState = Literal["waiting", "running", "done", "failed", "cancelled", "unknown"]
 """State of a task. ``unknown`` covers tasks in Triton's queue and tasks that ended long ago."""
 

@@ -208,6 +208,27 @@ def test_settings_come_from_a_file(way: str, visit: Visit, grpc_client: Client) 
     expect(page.get_by_role("status")).to_have_text("a.png has no settings of GenServe.")
 
 
+def test_adapters_are_sent_and_come_back(visit: Visit, grpc_client: Client) -> None:
+    page = visit.page
+    visit.fill("a large green square", seed="1", steps="8", lora="neon, blueprint=0.6", cache="0.125")
+    page.get_by_role("button", name="Generate image").click()
+    visit.wait_for_images()
+    wanted = visit.download(page.get_by_role("link", name="Download"))
+    lora = {"neon": 1.0, "blueprint": 0.6}
+    assert wanted == grpc_client.generate("a large green square", seed=1, steps=8, lora=lora, cache=0.125).data
+    visit.fill("something else", lora="", cache="")
+    page.get_by_role("button", name="Use settings").click()
+    assert [visit.field(name) for name in ("lora", "cache")] == ["neon, blueprint=0.6", "0.125"]
+    page.locator(".tile .open").click()
+    shown = page.get_by_role("dialog").locator("dl").inner_text()
+    assert "LoRA\nneon, blueprint=0.6" in shown
+    page.keyboard.press("Escape")
+    visit.fill("a large green square", lora="neon=high")
+    page.get_by_role("button", name="Generate image").click()
+    assert page.locator("#lora").evaluate("field => field.validity.patternMismatch")
+    assert len(visit.task_ids()) == 1, "the browser refuses what is no weight"
+
+
 def choose(page: Page, data: bytes) -> None:
     page.get_by_label("Load from PNG").set_input_files({"name": "a.png", "mimeType": "image/png", "buffer": data})
 

@@ -189,6 +189,7 @@ class FakeServer:
         self.failures: list[GenServeError] = []
         self.task: dict[str, Any] = RUNNING
         self.preview = b"jpeg"
+        self.info: dict[str, Any] = {}
 
     def infer(self, call: Call, timeout_s: float) -> Outputs:
         self.calls.append(call)
@@ -211,7 +212,7 @@ class FakeServer:
             }
         buffer = io.BytesIO()
         Image.new("RGB", (64, 96)).save(buffer, "PNG")
-        info = {"width": 64, "height": 96, "steps": 4, "elapsed_time": 1.234, "device": "cpu"}
+        info = {"width": 64, "height": 96, "steps": 4, "elapsed_time": 1.234, "device": "cpu", **self.info}
         return {
             "IMAGE": np.array([[buffer.getvalue()]], dtype=np.object_),
             "SEED": np.array([[7]], dtype=np.int64),
@@ -261,6 +262,40 @@ def test_generate_writes_the_file_and_prints_a_summary(ask: Invoke, fake_server:
     sent = {name: array.item() for name, array in call.inputs.items() if name != "TASK_ID"}
     assert sent == {"PROMPT": b"a cat", "SEED": 7, "STEPS": 4, "FORMAT": b"png"}
     assert call.priority == 1
+
+
+def test_adapters_and_cache_are_sent(ask: Invoke, fake_server: FakeServer, tmp_path: Path) -> None:
+    adapters = ["--lora", "neon", "--lora", "other=0.6", "--lora", "a=b=-1e-1"]
+    result = ask("generate", "a cat", "-o", str(tmp_path / "x.png"), *adapters, "--cache", "0.1")
+    assert (result.exit_code, result.stderr) == (0, "")
+    sent = fake_server.calls[0].inputs
+    assert json.loads(sent["LORA"].item()) == [
+        {"name": "neon", "weight": 1.0},
+        {"name": "other", "weight": 0.6},
+        {"name": "a=b", "weight": -0.1},
+    ]
+    assert sent["CACHE"].item() == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("text", ["neon=", "neon=high", "neon=0,6"])
+def test_weight_that_is_no_number_is_rejected(text: str, ask: Invoke, fake_server: FakeServer, tmp_path: Path) -> None:
+    result = ask("generate", "a cat", "-o", str(tmp_path / "x.png"), "--lora", text)
+    assert result.exit_code == 2
+    assert f"Invalid value for '--lora': {text!r} has the weight" in result.stderr
+    assert fake_server.calls == []
+
+
+@pytest.mark.parametrize("text", ["neon=nan", "=1", ""])
+def test_unusable_adapter_is_invalid_input(text: str, ask: Invoke, fake_server: FakeServer, tmp_path: Path) -> None:
+    message = failure(ask("generate", "a cat", "-o", str(tmp_path / "x.png"), "--lora", text))
+    assert message.startswith("InvalidInput: LORA has the ")
+    assert fake_server.calls == []
+
+
+def test_summary_has_the_skipped_steps(ask: Invoke, fake_server: FakeServer, tmp_path: Path) -> None:
+    fake_server.info = {"skipped_steps": 3}
+    result = ask("generate", "a cat", "-o", str(tmp_path / "x.png"))
+    assert "64 x 96, 4 steps (3 skipped), seed 7" in result.stdout
 
 
 def test_generate_prints_json(ask: Invoke, fake_server: FakeServer, tmp_path: Path) -> None:

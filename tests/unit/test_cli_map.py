@@ -117,6 +117,16 @@ def test_images_and_rankings_are_written(run: Map, server: FakeServer) -> None:
     assert {call.inputs["FORMAT"].item() for call in server.calls if "FORMAT" in call.inputs} == {b"webp"}
 
 
+def test_adapters_and_cache_of_a_task_are_sent(run: Map, server: FakeServer) -> None:
+    lora = [["neon", 0.5], {"neon": 0.5}, [{"name": "neon", "weight": 0.5}], ["neon"], "neon"]
+    write(*({"prompt": "x", "lora": each, "cache": 0.25} for each in lora), {"id": "bad", "prompt": "x", "lora": 5})
+    assert run().exit_code == 1
+    assert results()["bad"]["error"]["message"].startswith("LORA is 5; allowed: a name")
+    sent = sorted(call.inputs["LORA"].item() for call in server.calls)
+    assert sent == [b'[{"name": "neon", "weight": 0.5}]'] * 3 + [b'[{"name": "neon", "weight": 1.0}]'] * 2
+    assert {call.inputs["CACHE"].item() for call in server.calls} == {0.25}
+
+
 def test_images_go_to_the_given_folder(run: Map) -> None:
     write({"id": "a", "prompt": "x"})
     assert run("--images", "deep/er").exit_code == 0

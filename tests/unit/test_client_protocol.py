@@ -33,6 +33,7 @@ EVERY_SETTING: dict[str, Any] = {
     "guidance": 3.5,
     "seed": 2**63 - 1,
     "format": "webp",
+    "cache": 0.25,
 }
 
 
@@ -68,6 +69,7 @@ def test_every_setting_has_its_tensor() -> None:
         "GUIDANCE": 3.5,
         "SEED": 2**63 - 1,
         "FORMAT": b"webp",
+        "CACHE": 0.25,
         "LORA": b'[{"name": "x", "weight": 0.5}]',
     }
     assert call.request_id == "id"
@@ -76,7 +78,7 @@ def test_every_setting_has_its_tensor() -> None:
 @pytest.mark.parametrize(
     ("call", "shapes"),
     [
-        (generate(**EVERY_SETTING, lora=[{}]), {}),
+        (generate(**EVERY_SETTING, lora="x"), {}),
         (rerank(documents=["a", "b", "c"], instruction="i"), {"DOCUMENTS": (1, 3)}),
         (rerank(documents=["a"]), {"DOCUMENTS": (1, 1)}),
         (tasks_call("status", "id"), {"ACTION": (1,), "TASK_ID": (1,)}),
@@ -120,8 +122,7 @@ def test_text_is_sent_unchanged(text: str) -> None:
         (lambda: generate(true_cfg_scale=10**400), "TRUE_CFG_SCALE"),
         (lambda: generate(format=b"png"), "FORMAT"),
         (lambda: generate(task_id=7), "TASK_ID"),
-        (lambda: generate(lora=[object()]), "LORA"),
-        (lambda: generate(lora=5), "LORA"),
+        (lambda: generate(cache="0.1"), "CACHE"),
         (lambda: generate(task_id="\ud800"), "TASK_ID"),
         (lambda: generate(task_id="x" * 257), "TASK_ID"),
         (lambda: rerank(task_id=7), "TASK_ID"),
@@ -140,6 +141,72 @@ def test_value_of_wrong_type_is_rejected_by_tensor_name(call: Callable[[], Call]
     with pytest.raises(InvalidInput, match=f"^{tensor} ") as caught:
         call()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ("neon", [("neon", 1.0)]),
+        (("neon", 0.5), [("neon", 0.5)]),
+        (["neon", np.float32(0.5)], [("neon", 0.5)]),
+        ({"neon": 0.5, "other": -1}, [("neon", 0.5), ("other", -1.0)]),
+        ({"name": 1.0}, [("name", 1.0)]),
+        ({"name": "neon"}, [("neon", 1.0)]),
+        ({"name": "neon", "weight": 0.5}, [("neon", 0.5)]),
+        (["neon", "other"], [("neon", 1.0), ("other", 1.0)]),
+        (("neon", ("other", 0.5), {"name": "third", "weight": 2}), [("neon", 1.0), ("other", 0.5), ("third", 2.0)]),
+        ([("neon", 0.5), ("other", 0.25)], [("neon", 0.5), ("other", 0.25)]),
+        ([["neon", 0.5], ["other", 0.25]], [("neon", 0.5), ("other", 0.25)]),
+        (["\u4e00\U0001f43c"], [("\u4e00\U0001f43c", 1.0)]),
+    ],
+    ids=repr,
+)
+def test_every_form_of_adapters_becomes_the_tensor_s(given: Any, sent: list[tuple[str, float]]) -> None:
+    tensor = json.loads(generate(lora=given).inputs["LORA"].item())
+    assert tensor == [{"name": name, "weight": weight} for name, weight in sent]
+    assert all(type(each["weight"]) is float for each in tensor)
+
+
+@pytest.mark.parametrize("given", [None, (), [], {}], ids=repr)
+def test_no_adapters_send_no_tensor(given: Any) -> None:
+    assert "LORA" not in generate(lora=given).inputs
+
+
+DEEP: list[Any] = []
+for _ in range(5_000):
+    DEEP = [DEEP]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (5, "LORA is 5; allowed: a name, (name, weight), {name: weight}, or a list of names"),
+        (b"neon", "LORA is b'neon'; allowed: a name"),
+        ([object()], "LORA is <object obj"),
+        ([("neon", 0.5, 1)], "LORA is ('neon', 0.5, 1); allowed: a name"),
+        ([{}], "LORA is {}; allowed: a name"),
+        ([{"weight": 1.0}], "LORA is {'weight': 1.0}; allowed: a name"),
+        ([{"name": "neon", "scale": 1.0}], "LORA is {'name': 'neon', 'scale': 1.0}; allowed: a name"),
+        ([(7, 0.5)], "LORA is (7, 0.5); allowed: a name"),
+        ([["a", ["b"]]], "LORA has the weight ['b'] for 'a'; allowed: a finite number"),
+        (DEEP, "LORA is [[[["),
+        ("", "LORA has the name ''; allowed: text, not empty"),
+        ("\ud800", "LORA has the name '\\ud800'; allowed: text, not empty"),
+        (("neon", None), "LORA has the weight None for 'neon'; allowed: a finite number"),
+        (("neon", True), "LORA has the weight True for 'neon'; allowed: a finite number"),
+        (("neon", float("nan")), "LORA has the weight nan for 'neon'; allowed: a finite number"),
+        ({"neon": float("inf")}, "LORA has the weight inf for 'neon'; allowed: a finite number"),
+        ({"neon": 10**400}, "LORA has the weight 1000"),
+        ({"neon": "0.5"}, "LORA has the weight '0.5' for 'neon'; allowed: a finite number"),
+    ],
+    ids=lambda value: repr(value)[:40] if value is not DEEP else "deep",
+)
+def test_unusable_adapters_are_rejected(given: Any, message: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        generate(lora=given)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize("number", [np.int64(512), np.int32(512), True], ids=repr)

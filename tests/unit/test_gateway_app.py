@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import json
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -115,6 +116,58 @@ def test_one_image_by_the_own_route() -> None:
     (call,) = server.calls
     assert (call.priority, call.request_id) == (1, "mine")
     assert call.inputs["GUIDANCE"].item() == 2.0
+
+
+ADAPTERS = [
+    ("neon", [("neon", 1.0)]),
+    ({"name": "neon", "weight": 0.5}, [("neon", 0.5)]),
+    ({"neon": 0.5, "other": 1}, [("neon", 0.5), ("other", 1.0)]),
+    (["neon", {"name": "other", "weight": 0.25}], [("neon", 1.0), ("other", 0.25)]),
+]
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/images/generations"])
+@pytest.mark.parametrize(("given", "sent"), ADAPTERS, ids=str)
+def test_adapters_and_cache_reach_the_server(path: str, given: Any, sent: list[tuple[str, float]]) -> None:
+    server = FakeServer()
+    server.always = painted
+    assert ask(server, "POST", path, json={"prompt": "x", "lora": given, "cache": 0.25}).status_code == 200
+    (call,) = server.calls
+    assert json.loads(call.inputs["LORA"].item()) == [{"name": name, "weight": weight} for name, weight in sent]
+    assert call.inputs["CACHE"].item() == 0.25
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/images/generations"])
+@pytest.mark.parametrize("given", [{}, {"lora": []}, {"lora": {}}, {"lora": None, "cache": None}], ids=str)
+def test_neither_adapters_nor_cache_send_no_tensor(path: str, given: dict[str, Any]) -> None:
+    server = FakeServer()
+    server.always = painted
+    assert ask(server, "POST", path, json={"prompt": "x", **given}).status_code == 200
+    assert not {"LORA", "CACHE"} & server.calls[0].inputs.keys()
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/images/generations"])
+@pytest.mark.parametrize(
+    ("given", "part"),
+    [
+        ({"lora": 5}, "lora: Input should be a valid list"),
+        ({"lora": ""}, "lora.0.name: String should have at least 1 character"),
+        ({"lora": [["neon", 0.5]]}, "lora.0"),
+        ({"lora": [{"weight": 1.0}]}, "lora.0.name: Field required"),
+        ({"lora": {"neon": "0.5"}}, "lora.0.weight: Input should be a valid number"),
+        ({"lora": {"neon": True}}, "lora.0.weight: Input should be a valid number"),
+        ({"lora": [{"name": "neon", "scale": 1.0}]}, "lora.0.scale: Extra inputs are not permitted"),
+        ({"lora": ["neon"] * 33}, "lora: List should have at most 32 items"),
+        ({"cache": "0.1"}, "cache: Input should be a valid number"),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_unusable_adapters_are_refused(path: str, given: dict[str, Any], part: str) -> None:
+    server = FakeServer()
+    answer = ask(server, "POST", path, json={"prompt": "x", **given})
+    assert answer.status_code == 400
+    assert part in answer.text
+    assert server.calls == []
 
 
 def test_images_have_seeds_that_follow_each_other() -> None:

@@ -193,6 +193,8 @@ def test_idempotency_key_gives_the_same_task(tmp_path: Path) -> None:
         ('{"prompt": "x", "timeout": 0}', "timeout"),
         ('{"prompt": "x", "lora": [{"name": "\\udc00"}]}', ""),
         ('{"prompt": "x", "lora": [{"name": "a", "more": {}}]}', "more"),
+        ('{"prompt": "x", "lora": {"a": 1e999}}', "finite"),
+        ('{"prompt": "x", "cache": "0.1"}', "cache"),
         ('{"query": "x", "documents": []}', "documents"),
         ('{"query": "x", "documents": "abc"}', "documents"),
         ('{"query": "x", "documents": ["a", null]}', "documents"),
@@ -210,6 +212,20 @@ def test_wrong_requests_are_refused_at_once(body: str, message: str, tmp_path: P
         assert (await http.get("/v1/tasks")).json()["data"] == []
 
     ask(use, tmp_path)
+
+
+def test_adapters_and_cache_reach_the_server(tmp_path: Path) -> None:
+    server = FakeServer()
+
+    async def use(http: httpx.AsyncClient) -> None:
+        accepted = await submitted(http, json={"prompt": "x", "lora": {"neon": 0.5}, "cache": 0.25})
+        assert accepted["request"]["lora"] == [{"name": "neon", "weight": 0.5}]
+        assert (await until(http, accepted["id"]))["state"] == "done"
+        (call,) = server.calls
+        assert call.inputs["LORA"].item() == b'[{"name": "neon", "weight": 0.5}]'
+        assert call.inputs["CACHE"].item() == 0.25
+
+    ask(use, tmp_path, server)
 
 
 def test_tasks_belong_to_their_key(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from genserve.errors import InvalidInput, ServerUnavailable
 from genserve.gateway import names
+from genserve.gateway.adapters import Adapters, lora_argument
 from genserve.gateway.context import Context, InContext, together
 from genserve.gateway.errors import Failure
 from genserve.gateway.files import PATH, ResultFiles
@@ -54,6 +55,8 @@ class ImageBody(BaseModel):
     guidance_scale: float | None = None
     true_cfg_scale: float | None = None
     negative_prompt: str | None = None
+    lora: Adapters | None = None
+    cache: float | None = None
     priority: Priority = "normal"
     stream_progress: bool | None = None
 
@@ -75,6 +78,8 @@ class ImageBody(BaseModel):
             "guidance": self.guidance_scale,
             "true_cfg_scale": self.true_cfg_scale,
             "negative_prompt": self.negative_prompt,
+            "lora": lora_argument(self.lora),
+            "cache": self.cache,
             "format": self.output_format,
             "priority": self.priority,
         }

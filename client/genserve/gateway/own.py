@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from genserve.errors import GenServeError
 from genserve.gateway import names
+from genserve.gateway.adapters import Adapters, lora_argument
 from genserve.gateway.context import Context, InContext
 from genserve.gateway.json_body import StrictRoute
 from genserve.gateway.names import Model
@@ -45,6 +46,8 @@ class GenerateBody(BaseModel):
     num_inference_steps: int | None = None
     cfg: float | None = None
     seed: Annotated[int | None, Field(ge=-1, lt=2**63)] = None
+    lora: Adapters | None = None
+    cache: float | None = None
     priority: Annotated[int | None, Field(ge=0, le=2)] = None
 
 
@@ -61,6 +64,8 @@ async def generate(body: GenerateBody, context: InContext) -> dict[str, Any]:
             steps=body.num_inference_steps,
             guidance=body.cfg,
             seed=None if body.seed == -1 else body.seed,
+            lora=lora_argument(body.lora),
+            cache=body.cache,
             priority=PRIORITIES[1 if body.priority is None else body.priority],
             task_id=context.id,
         )

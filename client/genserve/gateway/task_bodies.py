@@ -5,8 +5,9 @@ from __future__ import annotations
 import secrets
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, Discriminator, Field, Tag
 
+from genserve.gateway.adapters import STRICT, Adapters
 from genserve.gateway.records import Kind, NewTask, fingerprint
 from genserve.protocol import generate_call, rerank_call
 from genserve.types import ImageFormat, Priority
@@ -14,12 +15,8 @@ from genserve.types import ImageFormat, Priority
 DAY_S = 86_400.0
 LONGEST_TIMEOUT_S = 30 * DAY_S
 MAX_SEED = 2**63
-MAX_ADAPTERS = 32
 DRAWN_SEEDS = 2**53
 """Limit of the seeds drawn here: JavaScript rounds greater numbers in JSON."""
-
-STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
 
 Prompt = Annotated[str, Field(min_length=1, max_length=10_000)]
 
@@ -63,15 +60,6 @@ class TaskBody(BaseModel):
         return self.model_dump(exclude_none=True, exclude=set(TaskBody.model_fields))
 
 
-class Adapter(BaseModel):
-    """LoRA adapter."""
-
-    model_config = STRICT
-
-    name: str
-    weight: float = 1.0
-
-
 class ImageTask(TaskBody):
     """Image to generate."""
 
@@ -83,7 +71,8 @@ class ImageTask(TaskBody):
     steps: int | None = None
     guidance: float | None = None
     seed: Annotated[int, Field(ge=0, lt=MAX_SEED)] | None = None
-    lora: Annotated[list[Adapter], Field(max_length=MAX_ADAPTERS)] | None = None
+    lora: Adapters | None = None
+    cache: float | None = None
     format: ImageFormat | None = None
 
     def _kind(self) -> Kind:
@@ -91,7 +80,7 @@ class ImageTask(TaskBody):
 
     def _arguments(self) -> dict[str, Any]:
         arguments = {"seed": secrets.randbelow(DRAWN_SEEDS), **super()._arguments()}
-        generate_call(**{"lora": (), **arguments}, priority=self.priority, task_id="")
+        generate_call(**arguments, priority=self.priority, task_id="")
         return arguments
 
 

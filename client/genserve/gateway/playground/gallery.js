@@ -1,5 +1,6 @@
 // Finished images: thumbnails, and a window with one image and its settings.
 
+import { writtenAdapters } from "./adapters.js";
 import { at, copyOf, counted, keyed, toast, write } from "./dom.js";
 import { newId } from "./api.js";
 import { pngSettings } from "./png.js";
@@ -14,6 +15,8 @@ const SHOWN = {
   guidance: "Guidance",
   negative_prompt: "Negative prompt",
   true_cfg_scale: "True CFG",
+  lora: "LoRA",
+  cache: "Cache",
   dtype: "Precision",
 };
 
@@ -180,7 +183,12 @@ export class Gallery {
     at("viewer-download").download = file;
     at("viewer-newer").disabled = index <= 0;
     at("viewer-older").disabled = index < 0 || index === items.length - 1;
-    const values = { ...settings, size: settings.width && `${settings.width} × ${settings.height}` };
+    const values = {
+      ...settings,
+      size: settings.width && `${settings.width} × ${settings.height}`,
+      lora: writtenAdapters(settings.lora ?? []),
+      cache: settings.cache || "",
+    };
     const rows = Object.entries(SHOWN)
       .filter(([name]) => values[name] !== undefined && values[name] !== "")
       .filter(([name]) => name !== "true_cfg_scale" || settings.negative_prompt);

@@ -1,5 +1,7 @@
 // Settings of an image, from the text chunk that the server writes into PNG files.
 
+import { areAdapters } from "./adapters.js";
+
 const SIGNATURE = [0x89, 0x50, 0x4e, 0x47, 0x0d, 0x0a, 0x1a, 0x0a];
 const KEYWORD = "genserve";
 const KINDS = {
@@ -13,6 +15,7 @@ const KINDS = {
   guidance: "number",
   true_cfg_scale: "number",
   max_sequence_length: "number",
+  cache: "number",
 };
 
 /** Return the settings in a PNG file, null if it has none. The seed is a string: it may be above 2^53. */
@@ -61,5 +64,6 @@ function parsed(text) {
   const known = Object.entries(KINDS).filter(([name, kind]) => typeof found[name] === kind);
   const settings = Object.fromEntries(known.map(([name]) => [name, found[name]]));
   if (/^\d{1,19}$/.test(found.seed)) settings.seed = found.seed;
+  if (areAdapters(found.lora)) settings.lora = found.lora;
   return Object.keys(settings).length ? settings : null;
 }

@@ -1,10 +1,12 @@
 // The image form: its settings as a request, and an image's settings back in the form.
 
+import { adaptersOf, writtenAdapters } from "./adapters.js";
 import { at, drawn } from "./dom.js";
 import { changed, fill, remember } from "./forms.js";
 
 const MAX_SEED = 2n ** 63n - 1n;
 const NUMBERS = { steps: "num_inference_steps", guidance: "guidance_scale", true_cfg_scale: "true_cfg_scale" };
+const OFF = "cache"; // A number too, but the model has no default for it: without one, it is off.
 const DEFAULTS = "genserve.defaults";
 const SQUARE = { width: 1, height: 1 };
 
@@ -26,9 +28,11 @@ export function requests() {
   const values = Object.fromEntries(new FormData(form));
   const body = { prompt: values.prompt, priority: values.priority, stream: true, stream_progress: true };
   if (values.negative_prompt) body.negative_prompt = values.negative_prompt;
-  for (const [field, name] of Object.entries(NUMBERS)) {
+  for (const [field, name] of Object.entries({ ...NUMBERS, [OFF]: OFF })) {
     if (values[field] !== "") body[name] = Number(values[field]);
   }
+  const lora = adaptersOf(values.lora);
+  if (lora.length) body.lora = lora;
   const size = values.size === "custom" ? `${values.width}x${values.height}` : values.size;
   if (size !== "auto") body.size = size;
   const [width, height] = size.split("x").map(Number);
@@ -54,6 +58,8 @@ export function useSettings(settings) {
     steps: settings.steps ?? "",
     guidance: settings.guidance ?? "",
     true_cfg_scale: settings.negative_prompt ? (settings.true_cfg_scale ?? "") : "",
+    lora: writtenAdapters(settings.lora ?? []),
+    [OFF]: settings.cache || "",
     seed: settings.seed ?? "",
     count: "1",
   };
