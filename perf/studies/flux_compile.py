@@ -38,9 +38,9 @@ STARTS = {"eager": EAGER, "compiled, empty folder": "cold", "compiled, second st
 def measure(dtype: str, rounds: int, folder: str) -> dict[str, Any]:
     """Return the seconds per image, the graphs and the differences."""
     import torch
-    from genserve_backend.flux.compilation import WatchedAttention
 
     from common.engines import files, flux_engine, flux_requests, image_seconds, levels
+    from genserve_backend.flux.compilation import WatchedAttention
 
     def graphs() -> int:
         return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
