@@ -133,10 +133,10 @@ def _shape_only(input: Tensor, number: Tensor, out_features: int) -> Tensor:  # 
     return input.new_empty(*input.shape[:-1], out_features)
 
 
-_library = torch.library.Library("genserve", "FRAGMENT")
-_library.define("packed_linear(Tensor input, Tensor number, int out_features) -> Tensor")
-_library.impl("packed_linear", _multiply, "CPU")
-_library.impl("packed_linear", _shape_only, "Meta")
+_library = torch.library.Library("genserve", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define("packed_linear(Tensor input, Tensor number, int out_features) -> Tensor")  # type: ignore[no-untyped-call]
+_library.impl("packed_linear", _multiply, "CPU")  # type: ignore[no-untyped-call]
+_library.impl("packed_linear", _shape_only, "Meta")  # type: ignore[no-untyped-call]
 
 
 def _replace(model: nn.Module, kind: type[PackedLinear] | type[Int8Linear]) -> None:

@@ -158,6 +158,13 @@ class FluxSettings(ModelSettings):
         # Padding changes float32 attention in its last bit. Rounding to int8 makes that a level of one in 127.
         return 0.25 if device_type == "cpu" and self.dtype != "int8" else 0.0
 
+    @field_validator("compiled")
+    @classmethod
+    def _check_compiled(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("offload") == "blocks":
+            raise ValueError("blocks whose weights come and go cannot be compiled; choose another FLUX_OFFLOAD")
+        return value
+
     @field_validator("save_test_images", mode="before")
     @classmethod
     def _folder(cls, value: object) -> object:

@@ -63,7 +63,8 @@ def measure(dtype: str, rounds: int, folder: str) -> dict[str, Any]:
         sizes = [(draw.choice(MIXED_SIDES), draw.choice(MIXED_SIDES)) for _ in range(draw.randint(1, 8))]
         files(compiled, flux_requests(sizes, steps=1, seed=number, NEGATIVE_PROMPT=draw.choice(["", "dark"])))
     attention = compiled.engine._denoiser._transformer.transformer_blocks[0].attn.processor
-    assert isinstance(attention, WatchedAttention)
+    if not isinstance(attention, WatchedAttention):
+        raise TypeError("the blocks are not compiled")
     return {
         "seconds": seconds,
         "graphs": made,

@@ -84,7 +84,7 @@ def rotate(states: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
 
 def rotate_pairs(states: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
     """Return `rotate` for real rotations, in operators that Inductor makes one kernel of."""
-    first, second = states.float().unflatten(-1, (-1, 2)).unbind(-1)
+    first, second = states.float().reshape(*states.shape[:-1], -1, 2).unbind(-1)
     cosines, sines = rotation.unbind(-1)
     pairs = torch.stack([first * cosines - second * sines, second * cosines + first * sines], dim=-1)
     return pairs.flatten(-2).to(states.dtype)

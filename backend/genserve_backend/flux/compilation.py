@@ -1,8 +1,9 @@
 """Compiled blocks of the transformer: a fixed number of graphs, all of them made before the first request.
 
 Each class of blocks is compiled once for all of its blocks, with the number of batch rows and of image tokens left
-open. torch makes separate code for one batch row and for several, and for forwards with a mask. The warm-up runs each of
-these. From then on nothing is compiled: a shape that no code fits runs eagerly, and is logged.
+open. torch makes separate code for one batch row and for several, for forwards with a mask, and for those with
+adapters. The warm-up runs each of these. From then on nothing is compiled: a shape that no code fits runs eagerly, and
+is logged.
 """
 
 from __future__ import annotations

@@ -60,8 +60,15 @@ class TritonPythonModel:
         """Parse the rows of a request."""
         rows = parse_rows(request, scalars=INPUTS)
         settings = self.instance.settings
-        limits = {"max_pixels": settings.max_pixels, "cache_method": settings.cache_method}
-        images = [parse(values, self.instance.checkpoint, **limits) for values in rows]
+        images = [
+            parse(
+                values,
+                self.instance.checkpoint,
+                max_pixels=settings.max_pixels,
+                cache_method=settings.cache_method,
+            )
+            for values in rows
+        ]
         return [ParsedRow(*row) for row in zip(task_ids(rows, request.request_id()), images, strict=True)]
 
     def outputs(self, rows: list[AnsweredRow]) -> list[Any]:
