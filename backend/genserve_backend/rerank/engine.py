@@ -69,7 +69,7 @@ class RerankEngine:
         self._launched: Launched | None = None
         """The forward whose outputs are not read yet. Only a GPU has one between two turns."""
         self._outputs_read = 0.0
-        """When the last outputs were read, on the clock of time.monotonic()."""
+        """Time at which the last outputs were read, on the clock of time.monotonic()."""
 
     def submit(self, submit: Submit) -> None:
         """Accept a request. Its tokenization starts at once, alongside the current forward."""
