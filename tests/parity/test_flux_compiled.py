@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import lora_files
 import numpy as np
 import pytest
 import torch
@@ -117,6 +118,31 @@ def test_second_start_finds_its_code(compiled: EngineRun, checkpoint: FluxCheckp
     EngineRun(checkpoint, compiled=True, compile_cache=folder, max_padding=10.0)
     assert graphs() - before == GRAPHS
     assert counters["fxgraph_cache_miss"] == misses
+
+
+def test_forwards_with_adapters_are_compiled_too(checkpoint: FluxCheckpoint, folder: Path, tmp_path: Path) -> None:
+    torch._dynamo.reset()
+    plain = load_plain(checkpoint, torch.float32)
+    layers = lora_files.shapes(plain.transformer)
+    attention = {name: shape for name, shape in layers.items() if name.endswith(lora_files.ATTENTION)}
+    lora_files.write(tmp_path, "attention", lora_files.diffusers_keys(attention, 4, seed=1))
+    lora_files.write(tmp_path, "everything", lora_files.diffusers_keys(layers, 17, seed=2))
+    adapters = ["[]", '[{"name": "attention"}]', '[{"name": "everything", "weight": 0.5}, {"name": "attention"}]']
+    before = graphs()
+    engine = EngineRun(checkpoint, compiled=True, compile_cache=folder, max_padding=10.0, lora_path=tmp_path)
+    made = graphs()
+    assert GRAPHS < made - before <= 2 * GRAPHS
+    eager = EngineRun(checkpoint, max_padding=10.0, lora_path=tmp_path)
+    for number in range(4):
+        some = [
+            engine.parse(SEED=each.seed, HEIGHT=each.height, WIDTH=each.width, STEPS=3, LORA=lora)
+            for each, lora in zip(requests(engine, count=3, seed=number), adapters, strict=True)
+        ]
+        for several in (some, [some[1]], [some[2]]):
+            for image, expected in zip(engine.images(*several), eager.images(*several), strict=True):
+                assert np.abs(image - expected).max() <= 1
+    assert graphs() == made
+    assert eager_shapes(engine) == 0
 
 
 @pytest.mark.parametrize("tokens", [16, 64, 1365, 2730, 4096])
