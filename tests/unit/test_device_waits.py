@@ -151,7 +151,7 @@ def test_step_with_adapters_does_not_wait_for_the_device(
 ) -> None:
     denoiser, make = images
     model = AdaptedModel(denoiser._transformer, "transformer", device=META, dtype=torch.bfloat16)
-    monkeypatch.setattr(denoiser, "_adapters", SimpleNamespace(select=model.select))
+    monkeypatch.setattr(denoiser._forward, "_adapters", SimpleNamespace(select=model.select))
     batch = [make(1, **SMALL), make(2, **SMALL, **GUIDED), make(3, **WIDE)]
     with copies:
         batch[0].adapters = combine(model, 4)

@@ -42,10 +42,10 @@ def entry(*, dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> di
 
 def test_header_has_dtypes_and_sizes(file: Path) -> None:
     assert read_header(file) == {
-        "half": Tensor("BF16", 15),
-        "full": Tensor("F32", 7),
-        "ids": Tensor("I64", 2),
-        "scalar": Tensor("F32", 1),
+        "half": Tensor("BF16", 15, "half"),
+        "full": Tensor("F32", 7, "full"),
+        "ids": Tensor("I64", 2, "ids"),
+        "scalar": Tensor("F32", 1, "scalar"),
     }
 
 
