@@ -90,7 +90,7 @@ def fields(heading: str) -> set[str]:
 
 def test_info_and_task_fields_are_those_of_the_api_reference(server: Server) -> None:
     with Client(server.grpc) as client:
-        image = client.generate("a red circle", steps=1, task_id="documented")
+        image = client.generate("a red circle", steps=1, lora="neon", task_id="documented")
         assert image.info.keys() == fields("INFO of flux")
         assert client.rerank("q", ["d"]).info.keys() == fields("INFO of rerank")
         assert client.task("documented").as_dict().keys() == fields("Fields of TASK")

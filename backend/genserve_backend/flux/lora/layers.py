@@ -35,7 +35,7 @@ class Adapted(nn.Module):
 
     selection: Selection
     down: Tensor | None = None
-    """``[slots, inputs, rank]``; slot 0 is zero."""
+    """``[slots, rank, inputs]``; slot 0 is zero."""
     up: Tensor | None = None
     """``[slots, rank, outputs]``."""
 
@@ -45,11 +45,11 @@ class Adapted(nn.Module):
         slots = self.selection.slots
         if slots is None or self.down is None or self.up is None:
             return product
-        return add_low_rank(product, input, self.down[slots], self.up[slots])
+        return add_low_rank(product, input, self.down.index_select(0, slots), self.up.index_select(0, slots))
 
 
 def add_low_rank(product: Tensor, states: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """Return ``product + states @ down @ up``, for each batch row with its own factors.
+    """Return ``product + states @ down.T @ up``, for each batch row with its own factors.
 
     The factors of a row are copied for it: 1 % of what reading its states takes, for an image of 1024 x 1024 pixels. A
     row without adapters adds exact zeros. No row's numbers ever meet those of another.
@@ -57,12 +57,13 @@ def add_low_rank(product: Tensor, states: Tensor, down: Tensor, up: Tensor) -> T
     Args:
         product: ``[B, outputs]`` or ``[B, S, outputs]``; it may be overwritten.
         states: The layer's input.
-        down: ``[B, inputs, rank]``.
+        down: ``[B, rank, inputs]``.
         up: ``[B, rank, outputs]``.
     """
     if states.dim() == 2:
         return add_low_rank(product[:, None], states[:, None], down, up)[:, 0]
-    return product.baddbmm_(torch.bmm(states, down), up)
+    # The low rank comes first: as the last dimension of a product, it took three times as long on a CPU.
+    return product.baddbmm_(torch.bmm(down, states.transpose(1, 2)).transpose(1, 2), up)
 
 
 @cache
@@ -183,7 +184,7 @@ class AdaptedModel:
         size = 0
         for name, rank in ranks.items():
             layer = self._layers[name]
-            if layer.down is None or layer.down.shape[2] < rank:
+            if layer.down is None or layer.down.shape[1] < rank:
                 return False
             size += (layer.in_features + layer.out_features) * rank
         return self.nbytes <= 2 * size * _capacity(users) * self._dtype.itemsize
@@ -191,7 +192,7 @@ class AdaptedModel:
     def _allocate(self, ranks: Mapping[str, int], capacity: int) -> None:
         for name, rank in ranks.items():
             layer = self._layers[name]
-            layer.down = self._zeros(capacity, layer.in_features, rank)
+            layer.down = self._zeros(capacity, rank, layer.in_features)
             layer.up = self._zeros(capacity, rank, layer.out_features)
         self._capacity = capacity
 
@@ -208,7 +209,7 @@ class AdaptedModel:
                 first = 0
                 for low_rank, weight in combination.products(self._part, name):
                     end = first + low_rank.rank
-                    down[:, first:end] = low_rank.down
+                    down[first:end] = low_rank.down.T
                     torch.mul(low_rank.up, weight, out=up[first:end])
                     first = end
             self._slots[combination] = slot
