@@ -32,7 +32,7 @@ TRAINED = FLUX_CHECKPOINT.parent / "loras" / "neon"
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"
 ADAPTERS = ("trained", "random-1", "random-2", "random-3")
 VARIANTS = ("none", "mixed", "split")
-STEPS = 8
+STEPS = 20
 TIMEOUT_S = 600
 LEAST_OF_NONE = 0.8
 """Throughput with adapters to throughput without, at least."""
@@ -123,7 +123,7 @@ def run_one(variant: str, folder: Path, requests: int, concurrency: int) -> None
 
 @click.command(context_settings=SETTINGS)
 @click.option("--requests", type=COUNT, default=80, show_default=True, help="Measured images of a run.")
-@click.option("--concurrency", type=COUNT, default=10, show_default=True, help="Images in flight.")
+@click.option("--concurrency", type=COUNT, default=5, show_default=True, help="Images in flight.")
 @click.option("--repeats", type=COUNT, default=3, show_default=True, help="Runs of each; medians count.")
 @click.option(
     "--trained",
