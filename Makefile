@@ -46,9 +46,10 @@ demo: $(STAMP) $(CHECKPOINTS)  ## Start a server, generate an image and three ra
 test: $(STAMP) $(CHECKPOINTS) lint  ## Run the linters and all tests
 	@$(MAKE) --no-print-directory --jobs 2 --output-sync=line test-parts test-servers
 
-# Tests of servers wait most of the time, so they run next to the others.
+# Tests of servers wait most of the time, so they run next to the others. Those have one thread: several would wait for
+# each other on cores that the servers use.
 test-parts: $(STAMP) $(CHECKPOINTS)  ## Run the tests of single parts
-	@$(BIN)/python -m pytest tests/unit tests/parity $(COMPILED:%=--ignore=%)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/unit tests/parity $(COMPILED:%=--ignore=%)
 
 test-servers: $(STAMP) $(CHECKPOINTS)  ## Run the tests with real servers
 	@$(BIN)/python -m pytest tests/server tests/chaos
