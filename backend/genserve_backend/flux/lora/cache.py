@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 from weakref import WeakSet, WeakValueDictionary
 
@@ -112,29 +112,6 @@ class Combination:
             for layer, low_rank in each.adapter.weights.get(part, {}).items():
                 ranks[layer] = ranks.get(layer, 0) + low_rank.rank
         return ranks
-
-
-class NeutralCombination(Combination):
-    """Combination that changes nothing, with products of one rank in some layers: for a warm-up.
-
-    Args:
-        part: The part of the pipeline.
-        layers: Names of its layers.
-        rank: The rank.
-    """
-
-    def __init__(self, part: str, layers: Iterable[str], rank: int) -> None:
-        super().__init__(())
-        self._part = part
-        self._ranks = dict.fromkeys(layers, rank)
-
-    def adapts(self, part: str) -> bool:
-        """Return whether a part of the pipeline has products."""
-        return part == self._part
-
-    def ranks(self, part: str) -> dict[str, int]:
-        """Return the ranks by layer."""
-        return self._ranks if part == self._part else {}
 
 
 class AdapterCache:
