@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from flux_engine import EngineRun
-from test_flux_parity import load_plain, reference
+from plain_flux import load_plain, reference
 
 from genserve_backend import compilation
 from genserve_backend.flux.checkpoint import FluxCheckpoint

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import lora_files
 import numpy as np
+import plain_flux
 import pytest
 import torch
 from diffusers import FluxPipeline
@@ -94,26 +95,11 @@ def reference(plain: FluxPipeline, folder: Path) -> Callable[[FluxRequest], Pixe
                 plain.load_lora_weights(path if path.exists() else folder / name, adapter_name=name)
             if names:
                 plain.set_adapters(names, [adapter.weight for adapter in request.lora])
-            known[request] = call(plain, request)
+            known[request] = plain_flux.reference(plain, request)
             plain.unload_lora_weights()
         return known[request]
 
     return make
-
-
-def call(pipeline: FluxPipeline, request: FluxRequest) -> Pixels:
-    image = pipeline(
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt or None,
-        true_cfg_scale=request.true_cfg_scale,
-        height=request.height,
-        width=request.width,
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance,
-        max_sequence_length=request.max_sequence_length,
-        generator=torch.Generator("cpu").manual_seed(request.seed),
-    ).images[0]
-    return np.asarray(image).astype(int)
 
 
 def parse(engine: EngineRun, case: str, **values: object) -> FluxRequest:

@@ -9,12 +9,13 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 from flux_engine import EngineRun, pixels
-from pictures import Pixels, same
+from pictures import same
+from plain_flux import load_plain, reference
 
 from genserve_backend.flux import denoise
 from genserve_backend.flux.attention import complex_rotation, real_rotation, rotate, rotate_pairs
 from genserve_backend.flux.checkpoint import FluxCheckpoint
-from genserve_backend.flux.request import FluxRequest, FluxResult
+from genserve_backend.flux.request import FluxResult
 from genserve_backend.matrices import has_int8
 from random_flux import write_random_flux
 
@@ -48,27 +49,6 @@ def engine(checkpoint: FluxCheckpoint) -> EngineRun:
 @pytest.fixture(scope="module")
 def plain(checkpoint: FluxCheckpoint) -> FluxPipeline:
     return load_plain(checkpoint, torch.float32)
-
-
-def load_plain(checkpoint: FluxCheckpoint, dtype: torch.dtype) -> FluxPipeline:
-    pipeline = FluxPipeline.from_pretrained(checkpoint.path, dtype=dtype)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def reference(plain: FluxPipeline, request: FluxRequest) -> Pixels:
-    image = plain(
-        prompt=request.prompt,
-        negative_prompt=request.negative_prompt or None,
-        true_cfg_scale=request.true_cfg_scale,
-        height=request.height,
-        width=request.width,
-        num_inference_steps=request.steps,
-        guidance_scale=request.guidance,
-        max_sequence_length=request.max_sequence_length,
-        generator=torch.Generator("cpu").manual_seed(request.seed),
-    ).images[0]
-    return np.asarray(image).astype(int)
 
 
 @pytest.mark.parametrize("case", CASES)

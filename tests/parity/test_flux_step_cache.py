@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import plain_flux
 import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, FluxPipeline, MagCacheConfig
@@ -79,18 +80,8 @@ def reference(checkpoint: FluxCheckpoint, method: str, request: FluxRequest) -> 
     with plain_with_cache(checkpoint, method, request) as plain:
         computed: list[int] = []
         plain.transformer.single_transformer_blocks[-1].attn.register_forward_hook(lambda *_: computed.append(1))
-        image = plain(
-            prompt=request.prompt,
-            negative_prompt=request.negative_prompt or None,
-            true_cfg_scale=request.true_cfg_scale,
-            height=request.height,
-            width=request.width,
-            num_inference_steps=request.steps,
-            guidance_scale=request.guidance,
-            max_sequence_length=request.max_sequence_length,
-            generator=torch.Generator("cpu").manual_seed(request.seed),
-        ).images[0]
-    return np.asarray(image).astype(int), request.steps * request.batch_rows - len(computed)
+        image = plain_flux.reference(plain, request)
+    return image, request.steps * request.batch_rows - len(computed)
 
 
 def cached(engine: EngineRun, **values: Any) -> FluxRequest:
