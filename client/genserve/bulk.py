@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import time
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from genserve.background import LOOP
 from genserve.concurrency import Concurrency
-from genserve.errors import GenServeError, InvalidInput, QueueFull
+from genserve.errors import DeadlineExceeded, GenServeError, InvalidInput, QueueFull
 from genserve.retry import Deadline
 
 AHEAD = 4
@@ -131,13 +132,17 @@ class Bulk(Generic[T]):
 
     async def _answer(self, item: Any) -> T:
         deadline = Deadline(self._timeout)
+        refusal: QueueFull | None = None
         while True:
             try:
                 return await self._send(item, deadline.left())
             except QueueFull as error:
-                pause = PAUSE_S if error.retry_after is None else error.retry_after
-                if pause >= deadline.left():
-                    raise
+                refusal = error
+            except DeadlineExceeded as error:
+                raise error if error.sent or refusal is None else refusal from None
+            pause = PAUSE_S if refusal.retry_after is None else refusal.retry_after
+            if time.monotonic() + pause >= deadline.at:
+                raise refusal
             self._waiting += 1
             try:
                 self._concurrency.refused(len(self._tasks) - self._waiting)

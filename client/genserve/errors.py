@@ -39,7 +39,13 @@ class QueueFull(GenServeError):
 
 
 class DeadlineExceeded(GenServeError):
-    """Request that waited or ran past its timeout."""
+    """Request that waited or ran past its timeout.
+
+    Attributes:
+        sent: False if no time was left to send the request.
+    """
+
+    sent: bool = True
 
 
 class Cancelled(GenServeError):

@@ -37,7 +37,9 @@ class Deadline:
         """
         left = self.at - time.monotonic()
         if left <= 0:
-            raise DeadlineExceeded("no server answered in time")
+            error = DeadlineExceeded("no server answered in time")
+            error.sent = False
+            raise error
         return left
 
 

@@ -10,7 +10,18 @@ from typing import Any
 import pytest
 from fake_servers import FakeServer, after, image
 
-from genserve import AsyncClient, Client, InvalidInput, MapResult, QueueFull, ServerError, ServerUnavailable, bulk
+from genserve import (
+    AsyncClient,
+    Client,
+    DeadlineExceeded,
+    GenServeError,
+    InvalidInput,
+    MapResult,
+    QueueFull,
+    ServerError,
+    ServerUnavailable,
+    bulk,
+)
 from genserve.concurrency import FIRST_PER_SERVER, MOST_PER_SERVER, WINDOWS_HELD, Concurrency
 from genserve.protocol import Call, Outputs
 
@@ -200,6 +211,18 @@ def test_full_queue_for_longer_than_the_timeout_fails_the_item() -> None:
     (result,) = collect([server], ["x"], blocking=False, timeout=0.1)
     assert isinstance(result.error, QueueFull)
     assert len(server.calls) > 3
+
+
+@pytest.mark.parametrize(("sent", "kind"), [(False, QueueFull), (True, DeadlineExceeded)])
+def test_refused_item_without_time_for_another_attempt_reports_the_refusal(
+    sent: bool, kind: type[GenServeError]
+) -> None:
+    late = DeadlineExceeded("no time left")
+    late.sent = sent
+    server = FakeServer()
+    server.script = [QueueFull("full"), late]
+    (result,) = collect([server], ["x"], blocking=False)
+    assert type(result.error) is kind
 
 
 def test_items_wait_for_a_server_that_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
