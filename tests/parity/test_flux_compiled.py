@@ -199,8 +199,10 @@ def test_images_with_adapters_join_and_leave(adapted: EngineRun, eager: EngineRu
     assert eager_shapes(adapted) == 0
 
 
-def assert_compiled_is_eager(checkpoint: FluxCheckpoint, folder: Path, dtype: str, *, largest: int) -> None:
-    """Compare a few images. Values on the border between two levels of a quantized input fall to either side."""
+def assert_compiled_is_eager(
+    checkpoint: FluxCheckpoint, folder: Path, dtype: str, *, largest: int, mean: float
+) -> None:
+    """Compare images in levels of 255. Inputs are quantized too: a last bit may become a step of a product's input."""
     torch._dynamo.reset()
     engine = EngineRun(checkpoint, compiled=True, compile_cache=folder, dtype=dtype)
     made = graphs()
@@ -209,7 +211,7 @@ def assert_compiled_is_eager(checkpoint: FluxCheckpoint, folder: Path, dtype: st
         some = requests(engine, count=4, seed=seed)
         for image, expected in zip(engine.images(*some), eager.images(*some), strict=True):
             difference = np.abs(image - expected)
-            assert difference.mean() <= 1
+            assert difference.mean() <= mean
             assert difference.max() <= largest
     assert graphs() == made
     assert eager_shapes(engine) == 0
@@ -217,17 +219,17 @@ def assert_compiled_is_eager(checkpoint: FluxCheckpoint, folder: Path, dtype: st
 
 @pytest.mark.skipif(not has_int8(), reason="requires VNNI")
 def test_int8_is_compiled(checkpoint: FluxCheckpoint, folder: Path) -> None:
-    assert_compiled_is_eager(checkpoint, folder, "int8", largest=10)
+    assert_compiled_is_eager(checkpoint, folder, "int8", largest=10, mean=1)
 
 
 def test_int8_weights_are_compiled(checkpoint: FluxCheckpoint, folder: Path) -> None:
-    assert_compiled_is_eager(checkpoint, folder, "int8wo", largest=1)
+    assert_compiled_is_eager(checkpoint, folder, "int8wo", largest=1, mean=0.1)
 
 
 def test_float8_is_compiled(checkpoint: FluxCheckpoint, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU, which emulates the products."""
+    """On a CPU, which emulates the products. Its images are 3 to 8 levels from those in float32 on average."""
     monkeypatch.setattr(precision, "require_support", lambda settings, device: None)
-    assert_compiled_is_eager(checkpoint, folder, "fp8", largest=10)
+    assert_compiled_is_eager(checkpoint, folder, "fp8", largest=45, mean=5)
 
 
 @pytest.mark.parametrize("tokens", [16, 64, 1365, 2730, 4096])

@@ -34,8 +34,8 @@ from genserve_backend.worker.engine import Job
 from genserve_backend.worker.messages import Submit
 
 ROWS = 3
-"""Batch rows of the warm-up with several. Not 2: torch takes sizes that are equal in the first forward for the same
-size, and there is a tensor of 2 positions."""
+"""Batch rows of the warm-up with several. Not 2: there is a tensor of 2 positions, and sizes that are equal in the
+first forward may be taken for the same size."""
 MAX_GRAPHS = 16
 """Graphs of a class of blocks, at most: more than the warm-up makes. torch's own limit is 8."""
 LOGGED_SHAPES = 32
@@ -107,7 +107,7 @@ def compile_blocks(
     with (
         torch.inference_mode(),  # like the engine's turns: compiled code is for one mode
         torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS),
-        shapes.patch(use_duck_shape=False),  # the ranks of two layers may be equal now and differ later
+        shapes.patch(use_duck_shape=False),  # ranks that are equal now may differ later
     ):
         for combination in (None, NeutralCombination()) if adapters.served else (None,):
             for sizes in warm_up_sizes(tokens, masked=is_masked):
@@ -125,8 +125,8 @@ def compile_blocks(
 def warm_up_sizes(tokens: int, *, masked: bool) -> list[list[tuple[int, int]]]:
     """Return the sizes of the images in each forward of the warm-up, height and width in pixels.
 
-    torch takes two sizes that are equal in the first forward for the same size: odd numbers of image tokens differ from
-    all widths of the model.
+    Two sizes that are equal in the first forward may be taken for the same size: odd numbers of image tokens differ
+    from all widths of the model.
 
     Args:
         tokens: Image tokens of the largest image, about.

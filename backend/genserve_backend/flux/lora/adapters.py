@@ -47,7 +47,7 @@ class Adapters:
 
     @property
     def served(self) -> bool:
-        """Whether requests can have adapters."""
+        """True if requests can have adapters."""
         return self._loader is not None
 
     def load(self, loras: Sequence[Lora], done: Done) -> None:
