@@ -107,7 +107,8 @@ def compile_blocks(
     with (
         torch.inference_mode(),  # like the engine's turns: compiled code is for one mode
         torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS),
-        shapes.patch(use_duck_shape=False),  # ranks that are equal now may differ later
+        # Ranks that are equal now may differ later.
+        shapes.patch(use_duck_shape=False),  # type: ignore[attr-defined]
     ):
         for combination in (None, NeutralCombination()) if adapters.served else (None,):
             for sizes in warm_up_sizes(tokens, masked=is_masked):
