@@ -164,6 +164,9 @@ def test_other_kinds_of_layers_are_adapted(kind: type[nn.Module], inputs: tuple[
     assert torch.equal(output[1:4], expected[1:4])
     whole = merged(plain, rows[0])(*(each[:1] for each in inputs))
     assert (output[0] - whole[0]).abs().mean() < 0.05 * whole.abs().mean()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    torch.testing.assert_close(compiled(*inputs), output)
 
 
 def test_slots_are_used_again(inputs: tuple[torch.Tensor, torch.Tensor]) -> None:
