@@ -40,7 +40,7 @@ FEATURES: dict[str, Feature] = {
     "lora": Feature(
         environment={"LORA_PATH": str(Path(__file__).parents[1] / "demo" / "loras")},
         arguments={"lora": ADAPTERS},
-        excluded=OF_DIFFUSERS,
+        excluded={**OF_DIFFUSERS, "test_server_without_a_folder_has_no_adapters": "the server has a folder"},
     ),
     "cache": Feature(arguments={"cache": 0.3}, excluded={"test_images_without_cache_keep_nothing": HAS_CACHE}),
     "first-block": Feature(

@@ -37,6 +37,9 @@ class EngineRun(TurnedEngine):
             torch._dynamo.reset()  # the code of earlier engines would count towards torch's limit
         self._parsed = 0
         super().__init__(lambda emit: build(self.settings, "cpu", emit))
+        if self._adds_adapters:  # loaded at once, since tests count turns
+            adapters = self.engine._adapters
+            adapters.load = lambda loras, done: done(adapters._loader._combine(loras))
 
     def parse(self, **values: Any) -> FluxRequest:
         self._parsed += 1
