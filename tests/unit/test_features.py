@@ -19,6 +19,15 @@ def test_variables_are_those_of_settings() -> None:
     assert {name for feature in FEATURES.values() for name in feature.environment} <= known
 
 
+def test_make_runs_every_feature_by_itself() -> None:
+    makefile = (TESTS.parent / "Makefile").read_text()
+    (listed,) = re.findall(r"^FEATURES := (.*?[^\\])$", makefile, re.MULTILINE | re.DOTALL)
+    sets = listed.replace("\\\n", " ").split()
+    assert [name for name in sets if "," not in name] == list(FEATURES)
+    for names in sets:
+        Features.parse(names)
+
+
 def test_excluded_tests_exist() -> None:
     defined = {name for path in TESTS.rglob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())}
     assert {name for feature in FEATURES.values() for name in feature.excluded} <= defined
