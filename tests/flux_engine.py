@@ -46,12 +46,14 @@ class EngineRun(TurnedEngine):
         added = features.chosen.arguments(values.get("SEED", self._parsed))
         if not self._adds_adapters:
             added.pop("lora", None)
-        if not self.checkpoint.has_mag_ratios and self.settings.cache_method == "magcache":
+        method = self.settings.cache_method
+        if not self.checkpoint.has_mag_ratios and method == "magcache":
             added.pop("cache", None)
         if "lora" in added:
             added["lora"] = json.dumps(lora_adapters(added["lora"]))
         tensors = {name.upper(): value for name, value in added.items()}
-        return parse({"PROMPT": "a red circle", **tensors, **values}, self.checkpoint, max_pixels=MAX_PIXELS)
+        values = {"PROMPT": "a red circle", **tensors, **values}
+        return parse(values, self.checkpoint, max_pixels=MAX_PIXELS, cache_method=method)
 
     def images(self, *requests: FluxRequest) -> list[Pixels]:
         """Submit all requests at once, and return their images; every one has to succeed."""
