@@ -46,8 +46,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    excluded = features.chosen.excluded
     for item in items:
-        if reason := features.chosen.excluded.get(item.name.partition("[")[0]):
+        if reason := excluded.get(item.name) or excluded.get(item.name.partition("[")[0]):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 

@@ -30,7 +30,7 @@ def test_make_runs_every_feature_by_itself() -> None:
 
 def test_excluded_tests_exist() -> None:
     defined = {name for path in TESTS.rglob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())}
-    assert {name for feature in FEATURES.values() for name in feature.excluded} <= defined
+    assert {name.partition("[")[0] for feature in FEATURES.values() for name in feature.excluded} <= defined
 
 
 def test_requests_have_every_mixture_of_two_features() -> None:
