@@ -119,7 +119,7 @@ def build(settings: FluxSettings, device: str, emit: Emit) -> FluxEngine:
             max_waiting=settings.max_gpu_queue_size,
             usual_cost=checkpoint.native_size**2 // PIXELS_PER_TOKEN,
         ),
-        policy=make_policy(settings, DEVICE.type, MeasuredCosts()),
+        policy=make_policy(settings, DEVICE.type, MeasuredCosts(text_tokens=checkpoint.max_sequence_length)),
         settings=settings,
         emit=emit,
     )
