@@ -68,7 +68,12 @@ class Plan(Generic[ImageT]):
             total += entry.work_s
             entry.spare_s = entry.budget_s - (1 + RESERVE) * total
         self.free_s = min((min(entry.spare_s, entry.slack_s) for entry in self.entries), default=float("inf"))
-        """Seconds that the device may spend on other work now; below zero, only the reserve is left."""
+        """Seconds that the device may spend on other work now, without the reserve."""
+        self.is_tight = self.free_s <= max((entry.step_s for entry in self.entries), default=0.0)
+        """True if not even a step of the longest kind may be spent on other work."""
+        by_level = self.entries if self.is_tight else sorted(self.entries, key=_level_and_budget)
+        self.queue = [entry.image for entry in by_level]
+        """The planned images, the next one first: by level, and the earliest deadline first if the plan is tight."""
 
     def _drop_late(self, level: int) -> None:
         """Drop images of `level` until no image is late. All were on time before the last one was added."""

@@ -42,17 +42,16 @@ class Slack:
         """Return the images with a slot and the others, each with the most urgent first."""
         plan = Plan(images, self._costs, now, max_tokens=self._limits.max_tokens)
         late = set(plan.late)
-        is_tight = plan.free_s <= 0
-        leads = is_tight or all(image.has_own_deadline for image in images)
-        first = list(plan.order) if leads else []
+        leads = plan.is_tight or all(image.has_own_deadline for image in images)
+        first = plan.queue if leads else []
         others = [image for image in images if image not in late and not (leads and image in plan.order)]
 
         def preemptable(running: ImageT, newcomer: ImageT) -> bool:
             if running in late or newcomer in late:
                 return newcomer not in late
-            if running in plan.order and newcomer in plan.order:
-                return is_tight and plan.order[newcomer] < plan.order[running]
-            if is_tight and newcomer in plan.order:
+            if plan.is_tight and newcomer in plan.order:
+                if running in plan.order:
+                    return plan.order[newcomer] < plan.order[running]
                 return newcomer.level <= _rank(running)
             return is_less_urgent(running, newcomer)
 
@@ -69,7 +68,7 @@ class Slack:
         """Return the image that leads, and those that gain by sharing its forward and cost no deadline."""
         plan = Plan([*running, *waiting], self._costs, now, max_tokens=max_tokens)
         here = set(running)
-        planned = [image for image in plan.order if image in here]
+        planned = [image for image in plan.queue if image in here]
         others = by_turn([image for image in running if not image.has_own_deadline], tick)
         order = [*planned, *others] or [image for image in plan.late if image in here]
         lead = self._lead(planned, others, plan, tick, now) if planned and others else order[0]
