@@ -24,6 +24,8 @@ from genserve_backend.flux.decode import Decoder
 from genserve_backend.flux.denoise import Denoiser, Stepped
 from genserve_backend.flux.engine import FluxEngine
 from genserve_backend.flux.lora.adapters import Adapters
+from genserve_backend.flux.policy import make_policy
+from genserve_backend.flux.policy.costs import MeasuredCosts
 from genserve_backend.flux.preview import Previewer
 from genserve_backend.flux.prompts import Embedding, Prompt, PromptEncoder
 from genserve_backend.flux.report import Reporter
@@ -77,9 +79,10 @@ class SimulatedDenoiser(Denoiser):
 class SimulatedDecoder(Decoder):
     """VAE that turns latents into a picture."""
 
-    def __init__(self, *, model: str, archive: ImageArchive) -> None:
+    def __init__(self, *, model: str, archive: ImageArchive, costs: MeasuredCosts) -> None:
         pipeline = SimpleNamespace(vae=None, transformer=SimpleNamespace(device=DEVICE))
-        super().__init__(pipeline, model=model, dtype=str(DTYPE).removeprefix("torch."), archive=archive)
+        dtype = str(DTYPE).removeprefix("torch.")
+        super().__init__(pipeline, model=model, dtype=dtype, archive=archive, costs=costs)
 
     def _pictures(self, images: Sequence[ImageState]) -> list[Image.Image]:
         return [_picture(image.latents) for image in images]
@@ -102,7 +105,9 @@ class SimulatedPreviewer(Previewer):
 def build(settings: FluxSettings, device: str, emit: Emit) -> FluxEngine:
     """Build the engine. The checkpoint in `settings` gives it its name and its limits; no weights are loaded."""
     checkpoint = FluxCheckpoint.load(settings.model_path)
-    decoder = SimulatedDecoder(model=checkpoint.name, archive=ImageArchive(settings.save_test_images))
+    costs = MeasuredCosts(text_tokens=checkpoint.max_sequence_length)
+    archive = ImageArchive(settings.save_test_images)
+    decoder = SimulatedDecoder(model=checkpoint.name, archive=archive, costs=costs)
     adapters = Adapters(None, settings)
     return FluxEngine(
         encoder=SimulatedEncoder(cache_bytes=settings.prompt_cache_bytes),
@@ -117,6 +122,8 @@ def build(settings: FluxSettings, device: str, emit: Emit) -> FluxEngine:
             max_waiting=settings.max_gpu_queue_size,
             usual_cost=checkpoint.native_size**2 // PIXELS_PER_TOKEN,
         ),
+        policy=make_policy(settings, DEVICE.type, costs),
+        costs=costs,
         settings=settings,
         emit=emit,
     )

@@ -20,6 +20,8 @@ from genserve_backend.flux.decode import MAX_IMAGES, Decoder
 from genserve_backend.flux.denoise import Denoiser
 from genserve_backend.flux.engine import FluxEngine
 from genserve_backend.flux.lora.adapters import Adapters
+from genserve_backend.flux.policy import make_policy
+from genserve_backend.flux.policy.costs import MeasuredCosts
 from genserve_backend.flux.preview import Previewer
 from genserve_backend.flux.prompts import MAX_PROMPTS, PromptEncoder
 from genserve_backend.flux.report import Reporter
@@ -58,6 +60,7 @@ def assemble(
     """
     text_length = checkpoint.max_sequence_length
     adapters = Adapters(pipeline, settings)
+    costs = MeasuredCosts(text_tokens=text_length)
     denoiser = Denoiser(
         pipeline,
         max_sequence_length=text_length,
@@ -76,6 +79,7 @@ def assemble(
         model=checkpoint.name,
         dtype=dtype,
         archive=ImageArchive(settings.save_test_images),
+        costs=costs,
         max_images=1 if settings.deterministic else MAX_IMAGES,
     )
     log(logger, logging.INFO, "flux loaded", model=checkpoint.name, device=denoiser.device, dtype=dtype)
@@ -98,6 +102,8 @@ def assemble(
             max_waiting=settings.max_gpu_queue_size,
             usual_cost=checkpoint.native_size**2 // PIXELS_PER_TOKEN,
         ),
+        policy=make_policy(settings, denoiser.device.type, costs),
+        costs=costs,
         settings=settings,
         emit=emit,
     )

@@ -18,6 +18,7 @@ from genserve_backend.devices import hand_over, limit_threads, own_stream, recor
 from genserve_backend.errors import RequestError, ServerError
 from genserve_backend.flux.archive import ImageArchive
 from genserve_backend.flux.image_file import encode, generation_settings
+from genserve_backend.flux.policy.costs import MeasuredCosts
 from genserve_backend.flux.request import FluxResult
 from genserve_backend.flux.state import ImageState
 from genserve_backend.worker.engine import defect
@@ -52,11 +53,19 @@ class Decoder:
         model: The checkpoint's name, for the metadata.
         dtype: The dtype, for the metadata.
         archive: Receives a copy of every file.
+        costs: Learns from the images how long they take.
         max_images: Images of one VAE forward.
     """
 
     def __init__(
-        self, pipeline: FluxPipeline, *, model: str, dtype: str, archive: ImageArchive, max_images: int = MAX_IMAGES
+        self,
+        pipeline: FluxPipeline,
+        *,
+        model: str,
+        dtype: str,
+        archive: ImageArchive,
+        costs: MeasuredCosts,
+        max_images: int = MAX_IMAGES,
     ) -> None:
         self._pipeline = pipeline
         self._vae = pipeline.vae
@@ -65,6 +74,7 @@ class Decoder:
         # The VAE's weights may be in host memory between two decodings.
         self._device: torch.device = pipeline.transformer.device
         self._archive = archive
+        self._costs = costs
         self._max_images = max_images
         self._queue: SimpleQueue[Finished] = SimpleQueue()
         self._lock = threading.Lock()
@@ -172,6 +182,7 @@ class Decoder:
         with self._lock:
             self._pending -= 1
             self._seconds += now - started
+        self._costs.observe_decode(image.tokens, now - finished.at)
         image.job.done(
             FluxResult(
                 image=data,
@@ -180,6 +191,7 @@ class Decoder:
                 denoise_s=image.denoise_s,
                 decode_s=now - finished.at,
                 elapsed_time=now - image.arrived,
+                deadline_left_s=image.deadline - now,
                 mean_batch_size=image.batch_sizes / request.steps,
                 skipped_steps=image.skipped_steps,
                 dtype=self._dtype,
