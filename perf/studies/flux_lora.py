@@ -59,24 +59,25 @@ def write_adapters(folder: Path, trained: Path) -> None:
 def split_by_adapter(choose: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
     """Return a choice of images for the next forward that keeps adapters apart: those of the image that is due."""
 
-    def choose_one(running: list[Any], *, tick: int, **limits: Any) -> list[Any]:
+    def choose_one(policy: Any, running: list[Any], waiting: list[Any], *, tick: int, **limits: Any) -> list[Any]:
         due = max(running, key=lambda image: tick - image.ran_at)
-        return choose([image for image in running if image.request.lora == due.request.lora], tick=tick, **limits)
+        alike = [image for image in running if image.request.lora == due.request.lora]
+        return choose(policy, alike, waiting, tick=tick, **limits)
 
     return choose_one
 
 
 def run_one(variant: str, folder: Path, requests: int, concurrency: int) -> None:
     """Drive the engine in this process's main thread; print images per second and the mean batch size."""
-    from genserve_backend.flux import engine as engine_module
     from genserve_backend.flux.build import build
     from genserve_backend.flux.checkpoint import FluxCheckpoint
+    from genserve_backend.flux.policy.urgency import Urgency
     from genserve_backend.flux.request import parse
     from genserve_backend.settings import FluxSettings
     from genserve_backend.worker.messages import Done, Event, Failed, Submit
 
     if variant == "split":
-        vars(engine_module)["choose"] = split_by_adapter(vars(engine_module)["choose"])
+        Urgency.choose = split_by_adapter(Urgency.choose)  # type: ignore[method-assign]
     checkpoint = FluxCheckpoint.load(FLUX_CHECKPOINT)
     events: SimpleQueue[Event] = SimpleQueue()
     path = None if variant == "none" else folder

@@ -34,7 +34,14 @@ class Adapters:
         device, dtype = pipeline.transformer.device, pipeline.transformer.dtype
         for part, model in ((TRANSFORMER, pipeline.transformer), (TEXT_ENCODER, pipeline.text_encoder)):
             self._models[part] = AdaptedModel(
-                model, part, device=device, dtype=dtype, takes_turns=settings.deterministic
+                model,
+                part,
+                device=device,
+                dtype=dtype,
+                takes_turns=settings.deterministic,
+                # Compiled code with adapters rounds differently from that without them. int8 makes a level of one in
+                # 127 of that, and an image would depend on its neighbours.
+                always=part == TRANSFORMER and settings.compiled and settings.dtype == "int8",
             )
         self._loader = AdapterLoader(
             settings.lora_path,

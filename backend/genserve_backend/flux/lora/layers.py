@@ -83,14 +83,23 @@ class AdaptedModel:
         device: Its device.
         dtype: Its dtype.
         takes_turns: Whether stacks hold the combinations of one forward only. Their shapes then follow from its rows.
+        always: Whether rows without adapters add zeros also in a forward in which no row has any.
     """
 
     def __init__(
-        self, model: nn.Module, part: str, *, device: torch.device, dtype: torch.dtype, takes_turns: bool = False
+        self,
+        model: nn.Module,
+        part: str,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        takes_turns: bool = False,
+        always: bool = False,
     ) -> None:
         self._model = model
         self._part = part
         self._takes_turns = takes_turns
+        self._always = always
         self._device = device
         self._dtype = dtype
         self._selection = Selection()
@@ -123,7 +132,7 @@ class AdaptedModel:
             combinations: One per batch row; None for a row without adapters.
         """
         wanted = [each if each is not None and each.adapts(self._part) else None for each in combinations]
-        if not any(wanted):
+        if not any(wanted) and not self._always:
             self._selection.slots = None
             return
         self._stack(wanted)
@@ -143,7 +152,7 @@ class AdaptedModel:
         """Make sure that every combination has a slot."""
         wanted = [each for each in dict.fromkeys(combinations) if each is not None]
         missing = [each for each in wanted if each not in self._slots]
-        if self._takes_turns and wanted != list(self._slots):
+        if (self._takes_turns and wanted != list(self._slots)) or not self._capacity:
             self._rebuild(wanted)
             return
         if not missing:
@@ -227,8 +236,11 @@ class AdaptedModel:
 
 
 def _capacity(users: int) -> int:
-    """Return the slots for a number of combinations and for none: a power of two, so that few join at a cost."""
-    return 1 << users.bit_length()
+    """Return the slots for a number of combinations and for none: a power of two, so that few join at a cost.
+
+    It is at least 2: torch compiles code of its own for a dimension of 1.
+    """
+    return 1 << max(1, users.bit_length())
 
 
 def _is_compiled(model: nn.Module) -> bool:
