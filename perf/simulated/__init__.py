@@ -1,4 +1,5 @@
-"""Simulated device: the real Triton, stub, worker and FLUX engine around steps that only take time."""
+"""Simulated devices: the real Triton, stubs, workers and FLUX engine around parts that only take time, or a model of
+them on a virtual clock. Whatever they print is simulated."""
 
-STEP_ENV = "SIMULATED_STEP_S"
-"""Environment variable of the worker: seconds that a forward takes per batch row."""
+DEVICE_ENV = "SIMULATED_DEVICE"
+"""Environment variable of the worker: the text that `simulated.device.Device.load` takes."""
