@@ -24,6 +24,8 @@ from genserve_backend.flux.decode import Decoder
 from genserve_backend.flux.denoise import Denoiser, Stepped
 from genserve_backend.flux.engine import FluxEngine
 from genserve_backend.flux.lora.adapters import Adapters
+from genserve_backend.flux.policy import make_policy
+from genserve_backend.flux.policy.costs import MeasuredCosts
 from genserve_backend.flux.preview import Previewer
 from genserve_backend.flux.prompts import Embedding, Prompt, PromptEncoder
 from genserve_backend.flux.report import Reporter
@@ -117,6 +119,7 @@ def build(settings: FluxSettings, device: str, emit: Emit) -> FluxEngine:
             max_waiting=settings.max_gpu_queue_size,
             usual_cost=checkpoint.native_size**2 // PIXELS_PER_TOKEN,
         ),
+        policy=make_policy(settings, DEVICE.type, MeasuredCosts()),
         settings=settings,
         emit=emit,
     )

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from genserve_backend.flux.admission import Intake, assign_slots, current_level
+from genserve_backend.flux.admission import Intake
+from genserve_backend.flux.policy.slots import assign_slots, current_level
 from genserve_backend.worker.scheduling import AGING_S
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
 import pytest
 
-from genserve_backend.flux.batching import TURNS, choose
+from genserve_backend.flux.policy.base import Limits
+from genserve_backend.flux.policy.batches import TURNS
+from genserve_backend.flux.policy.urgency import Urgency
 
 
 @dataclass(eq=False)
@@ -19,6 +22,11 @@ class Runner:
     batch_rows: int = 1
     ran_at: int = 0
     ran: list[int] = field(default_factory=list)
+
+
+def choose(running: Sequence[Runner], *, tick: int, max_tokens: int, max_padding: float) -> list[Runner]:
+    policy = Urgency(Limits(max_running=100, max_tokens=max_tokens, max_padding=max_padding))
+    return policy.choose(running, tick=tick, now=0.0, max_tokens=max_tokens)
 
 
 def chosen(*running: Runner, tick: int = 1, max_tokens: int = 1_000, max_padding: float = 0.0) -> str:

@@ -1,36 +1,15 @@
-"""Admission: which images get a slot, which wait, and when to request more. Does not import torch."""
+"""Admission: when to take more requests from Triton's queue. Does not import torch."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Protocol
 
-from genserve_backend.worker.messages import LEVELS
-from genserve_backend.worker.scheduling import GrantCounter, effective_level
+from genserve_backend.worker.scheduling import GrantCounter
 
 
 class Candidate(Protocol):
     """The properties of an image that admission depends on."""
-
-    @property
-    def level(self) -> int:
-        """Priority level, 1 is the most urgent."""
-
-    @property
-    def waited_s(self) -> float:
-        """Seconds in the engine without a slot."""
-
-    @property
-    def has_started(self) -> bool:
-        """True once the image has had a slot."""
-
-    @property
-    def has_slot(self) -> bool:
-        """True while the image has a slot."""
-
-    @property
-    def arrived(self) -> float:
-        """Time of arrival, on any clock."""
 
     @property
     def cost(self) -> int:
@@ -39,54 +18,6 @@ class Candidate(Protocol):
     @property
     def steps_left(self) -> int:
         """Steps until the image is finished."""
-
-
-CandidateT = TypeVar("CandidateT", bound=Candidate)
-
-
-def current_level(image: Candidate) -> int:
-    """Return the level of an image after aging."""
-    return effective_level(image.level, image.waited_s)
-
-
-def assign_slots(
-    images: Collection[CandidateT], *, max_running: int, max_tokens: int
-) -> tuple[list[CandidateT], list[CandidateT]]:
-    """Return the images that run and the images that wait, each sorted by urgency.
-
-    Free slots go to the more urgent level after aging first; within a level to images that have started, then to the
-    oldest. Preemption compares the newcomer's own level with the level of the running image after aging. Waiting alone
-    therefore never preempts anyone, and an image that has waited long enough is not preempted again. An image that does
-    not fit yet blocks the images behind it that are not more urgent. An image larger than `max_tokens` runs alone.
-
-    Args:
-        images: All unfinished images.
-        max_running: Number of slots.
-        max_tokens: Limit on the image tokens of all slots together.
-    """
-    running = sorted((image for image in images if image.has_slot), key=_urgency)
-    waiting: list[CandidateT] = []
-
-    def fits(image: CandidateT, others: Sequence[CandidateT]) -> bool:
-        cost = image.cost + sum(other.cost for other in others)
-        return len(others) < max_running and (cost <= max_tokens or not others)
-
-    blocked = LEVELS[-1] + 1
-    for image in sorted((image for image in images if not image.has_slot), key=_urgency):
-        stay = list(running)
-        while not fits(image, stay) and stay and current_level(stay[-1]) > image.level:
-            stay.pop()
-        if fits(image, stay) and image.level < blocked:
-            waiting += running[len(stay) :]
-            running = sorted([*stay, image], key=_urgency)
-        else:
-            waiting.append(image)
-            blocked = min(blocked, image.level)
-    return running, sorted(waiting, key=_urgency)
-
-
-def _urgency(image: Candidate) -> tuple[int, bool, float]:
-    return current_level(image), not image.has_started, image.arrived
 
 
 class Intake:

@@ -20,6 +20,8 @@ from genserve_backend.flux.decode import MAX_IMAGES, Decoder
 from genserve_backend.flux.denoise import Denoiser
 from genserve_backend.flux.engine import FluxEngine
 from genserve_backend.flux.lora.adapters import Adapters
+from genserve_backend.flux.policy import make_policy
+from genserve_backend.flux.policy.costs import MeasuredCosts
 from genserve_backend.flux.preview import Previewer
 from genserve_backend.flux.prompts import MAX_PROMPTS, PromptEncoder
 from genserve_backend.flux.report import Reporter
@@ -98,6 +100,7 @@ def assemble(
             max_waiting=settings.max_gpu_queue_size,
             usual_cost=checkpoint.native_size**2 // PIXELS_PER_TOKEN,
         ),
+        policy=make_policy(settings, denoiser.device.type, MeasuredCosts()),
         settings=settings,
         emit=emit,
     )

@@ -15,12 +15,12 @@ from weakref import WeakValueDictionary
 import torch
 
 from genserve_backend.errors import RequestError
-from genserve_backend.flux.admission import Intake, assign_slots
-from genserve_backend.flux.batching import choose
+from genserve_backend.flux.admission import Intake
 from genserve_backend.flux.decode import Decoder
 from genserve_backend.flux.denoise import Denoiser, Stepped
 from genserve_backend.flux.lora.adapters import Adapters
 from genserve_backend.flux.lora.cache import Combination
+from genserve_backend.flux.policy import Policy
 from genserve_backend.flux.prompts import Embedding, Prompt, PromptEncoder
 from genserve_backend.flux.report import Reporter
 from genserve_backend.flux.schedule import Scheduler
@@ -56,6 +56,7 @@ class FluxEngine:
         adapters: Loads the adapters of requests.
         reporter: Reports progress, previews and metrics.
         intake: Decides how many requests to grant.
+        policy: Decides which images run.
         settings: The limits.
         emit: Receives the events.
     """
@@ -70,6 +71,7 @@ class FluxEngine:
         adapters: Adapters,
         reporter: Reporter,
         intake: Intake,
+        policy: Policy,
         settings: FluxSettings,
         emit: Emit,
     ) -> None:
@@ -80,8 +82,8 @@ class FluxEngine:
         self._adapters = adapters
         self._reporter = reporter
         self._intake = intake
+        self._policy = policy
         self._settings = settings
-        self._max_padding = settings.padding_limit(denoiser.device.type)
         self._emit = emit
         self._inbox: Inbox[ImageState | Cancel | Loaded] = Inbox()
         self._jobs: WeakValueDictionary[int, Job] = WeakValueDictionary()  # includes the images that are being decoded
@@ -179,11 +181,7 @@ class FluxEngine:
         for image in self._waiting:
             image.waited_s += now - self._admitted_at
         self._admitted_at = now
-        self._running, self._waiting = assign_slots(
-            self._images.values(),
-            max_running=self._settings.max_running,
-            max_tokens=self._settings.max_batched_tokens,
-        )
+        self._running, self._waiting = self._policy.assign(self._images.values(), now)
         for image in self._waiting:
             if image.has_started and not image.preempted:
                 self._reporter.preempted()
@@ -237,11 +235,12 @@ class FluxEngine:
 
     def _step(self) -> None:
         """Run one forward for the images whose turn it is, and pass on those that are finished."""
-        if time.monotonic() > self._max_tokens_until:
+        now = time.monotonic()
+        if now > self._max_tokens_until:
             self._max_tokens = self._settings.max_batched_tokens
         # No batch holds more than `max_tokens`, but for one that is a single image.
         max_tokens = 0 if self._settings.deterministic else self._max_tokens
-        batch = choose(self._running, tick=self._tick, max_tokens=max_tokens, max_padding=self._max_padding)
+        batch = self._policy.choose(self._running, tick=self._tick, now=now, max_tokens=max_tokens)
         self._tick += 1
         outputs, failed = isolate(self._forward, batch, name=lambda image: image.name)
         for image, error in failed.items():

@@ -69,6 +69,16 @@ class ImageState:
         return self.job.arrived
 
     @property
+    def deadline(self) -> float:
+        """Time at which the image fails if it is not answered, on the same clock."""
+        return self.job.deadline
+
+    @property
+    def has_own_deadline(self) -> bool:
+        """True if the caller asked for a shorter time than the server's limit."""
+        return self.job.has_own_deadline
+
+    @property
     def has_started(self) -> bool:
         """True once the image has had a slot."""
         return self.started is not None

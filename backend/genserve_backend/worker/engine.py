@@ -94,7 +94,9 @@ class Job:
         self.level = submit.level
         self.arrived = submit.arrived
         """Arrival at the instance, on the clock of time.monotonic()."""
-        self._deadline = submit.deadline
+        self.deadline = submit.deadline
+        """End of its time, on the same clock."""
+        self.has_own_deadline = submit.has_own_deadline
         self._emit = emit
         self._cancelled = False
 
@@ -106,7 +108,7 @@ class Job:
         """Return Cancelled or DeadlineExceeded if work on the job should stop. Cheap: check at every step."""
         if self._cancelled:
             return Cancelled("the request was cancelled")
-        if time.monotonic() > self._deadline:
+        if time.monotonic() > self.deadline:
             return DeadlineExceeded("the request ran past its deadline")
         return None
 

@@ -45,6 +45,8 @@ class Submit:
     """Priority level, see `LEVELS`."""
     arrived: float = field(default_factory=time.monotonic)
     """Arrival at the instance, on the same clock as `deadline`; a request that runs again keeps it."""
+    has_own_deadline: bool = False
+    """True if the caller asked for a shorter time than the server's limit."""
 
 
 @dataclass(frozen=True)
