@@ -154,7 +154,7 @@ def build(settings: FluxSettings, device: str, emit: Emit) -> FluxEngine:
             max_waiting=settings.max_gpu_queue_size,
             usual_cost=checkpoint.native_size**2 // PIXELS_PER_TOKEN,
         ),
-        policy=make_policy(settings, times.kind, MeasuredCosts()),
+        policy=make_policy(settings, times.kind, MeasuredCosts(text_tokens=times.text_tokens)),
         settings=settings,
         emit=emit,
     )

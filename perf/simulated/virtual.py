@@ -15,15 +15,15 @@ from __future__ import annotations
 import heapq
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from common.figures import Outcome
 from genserve_backend.flux.admission import Intake
 from genserve_backend.flux.policy import POLICIES, Policy, make_policy
-from genserve_backend.flux.policy.base import Costs
+from genserve_backend.flux.policy.costs import MeasuredCosts
 from genserve_backend.settings import FluxSettings
 from simulated.device import Device
 from simulated.traffic import Arrival
@@ -84,7 +84,7 @@ class VirtualImage:
 
     __slots__ = (
         "arrival", "arrived", "batch_rows", "cost", "deadline", "has_own_deadline", "has_slot", "has_started", "index",
-        "level", "ran_at", "size", "steps", "steps_left", "tokens", "waited_s", "was_asked",
+        "level", "ran_at", "size", "stepped_at", "steps", "steps_left", "tokens", "waited_s", "was_asked",
     )
 
     def __init__(self, index: int, arrival: Arrival, *, own_s: float, timeout_s: float) -> None:
@@ -102,6 +102,7 @@ class VirtualImage:
         self.waited_s = 0.0
         self.has_started = self.has_slot = self.was_asked = False
         self.ran_at = 0
+        self.stepped_at = 0.0
 
 
 class Clock:
@@ -149,10 +150,9 @@ class Front:
 
     Args:
         setup: What is simulated.
-        costs: Returns the costs for the policy of an instance.
     """
 
-    def __init__(self, setup: Setup, costs: Callable[[Device], Costs]) -> None:
+    def __init__(self, setup: Setup) -> None:
         self.setup = setup
         self.clock = Clock()
         self.outcomes: dict[int, Outcome] = {}
@@ -162,7 +162,7 @@ class Front:
         self.instances: list[Instance] = [
             {"lock": LockInstance, "static": StaticInstance}[setup.policy](self, number)
             if setup.policy in BASELINES
-            else EngineInstance(self, number, costs(setup.device))
+            else EngineInstance(self, number)
             for number in range(setup.instances)
         ]
         self._executing: list[Instance] = list(self.instances)
@@ -314,9 +314,10 @@ class Base:
 class EngineInstance(Base):
     """The engine's turns (`flux/engine.py`) and its decoder (`flux/decode.py`)."""
 
-    def __init__(self, front: Front, number: int, costs: Costs) -> None:
+    def __init__(self, front: Front, number: int) -> None:
         super().__init__(front, number)
         setup = front.setup
+        self._costs = MeasuredCosts(text_tokens=setup.device.text_tokens)
         settings = FluxSettings.model_validate(
             {
                 "model_path": Path(),
@@ -325,7 +326,7 @@ class EngineInstance(Base):
                 "max_batched_tokens": setup.max_tokens,
             }
         )
-        self._policy: Policy = make_policy(settings, setup.device.kind, costs)
+        self._policy: Policy = make_policy(settings, setup.device.kind, self._costs)
         self._intake = Intake(
             max_running=setup.max_running,
             max_tokens=setup.max_tokens,
@@ -382,15 +383,18 @@ class EngineInstance(Base):
         start = max(now, self._device_free)
         newcomers = [image for image in self._running if not image.has_started]
         if newcomers:
-            start += self._work(self.front.setup.device.encode_s(sum(image.batch_rows for image in newcomers)))
+            encode_s = self._work(self.front.setup.device.encode_s(sum(image.batch_rows for image in newcomers)))
+            self._costs.observe_encode(encode_s)
+            start += encode_s
             for image in newcomers:
                 image.has_started = image.has_slot = True
         batch = self._policy.choose(
-            self._running, tick=self._tick, now=start, max_tokens=self.front.setup.max_tokens
+            self._running, self._waiting, tick=self._tick, now=start, max_tokens=self.front.setup.max_tokens
         )
         self._tick += 1
         rows, longest = sum(image.batch_rows for image in batch), max(image.tokens for image in batch)
         seconds = self._work(self.front.setup.device.step_s(rows, longest))
+        self._costs.observe_step(rows, longest, seconds)
         self.front.clock.at(start + seconds, self._stepped, batch)
 
     def _drop(self, now: float) -> None:
@@ -402,10 +406,9 @@ class EngineInstance(Base):
         if fresh:
             for image in fresh:
                 image.was_asked = True
-            for image in self._policy.refused(self._images, now):
-                if not image.has_started:
-                    self._forget(image)
-                    self.front.fail(image, "Refused")
+            for image in self._policy.refused([image for image in self._images if not image.has_started], now):
+                self._forget(image)
+                self.front.fail(image, "Refused")
         if late:
             self.front.dispatch()
 
@@ -434,12 +437,14 @@ class EngineInstance(Base):
 
     def _decode(self, image: VirtualImage, now: float) -> None:
         self._decoding += 1
+        image.stepped_at = now
         seconds = self._work(self.front.setup.device.decode_s(image.tokens))
         self._device_free = max(self._device_free, now) + seconds
         self._write(image, self._device_free)
 
     def _answer(self, image: VirtualImage) -> None:
         self._decoding -= 1
+        self._costs.observe_decode(image.tokens, self.front.clock.now - image.stepped_at)
         if image.deadline < self.front.clock.now:
             self.front.fail(image, "DeadlineExceeded")
         else:
@@ -493,28 +498,9 @@ class StaticInstance(LockInstance):
         return self.front.take_equal(image, room) if room else ()
 
 
-class TableCosts:
-    """Costs that are known from the device's table."""
-
-    are_known = True
-
-    def __init__(self, device: Device) -> None:
-        self._device = device
-
-    def step_s(self, batch_rows: int, tokens: int) -> float:
-        """Return the seconds of a forward."""
-        return self._device.step_s(batch_rows, tokens)
-
-    def decode_s(self, tokens: int) -> float:
-        """Return the seconds from an image's last step to its answer."""
-        return self._device.decode_s(tokens) + self._device.file_s(tokens)
-
-
-def simulate(
-    load: Sequence[Arrival], setup: Setup, *, costs: Callable[[Device], Costs] = TableCosts
-) -> Ran:
+def simulate(load: Sequence[Arrival], setup: Setup) -> Ran:
     """Run a load on a virtual clock, and return what became of its requests."""
-    return Front(setup, costs).run(load)
+    return Front(setup).run(load)
 
 
 def contenders() -> list[str]:

@@ -26,7 +26,7 @@ class Runner:
 
 def choose(running: Sequence[Runner], *, tick: int, max_tokens: int, max_padding: float) -> list[Runner]:
     policy = Urgency(Limits(max_running=100, max_tokens=max_tokens, max_padding=max_padding))
-    return policy.choose(running, tick=tick, now=0.0, max_tokens=max_tokens)
+    return policy.choose(running, [], tick=tick, now=0.0, max_tokens=max_tokens)
 
 
 def chosen(*running: Runner, tick: int = 1, max_tokens: int = 1_000, max_padding: float = 0.0) -> str:

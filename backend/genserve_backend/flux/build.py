@@ -100,7 +100,7 @@ def assemble(
             max_waiting=settings.max_gpu_queue_size,
             usual_cost=checkpoint.native_size**2 // PIXELS_PER_TOKEN,
         ),
-        policy=make_policy(settings, denoiser.device.type, MeasuredCosts()),
+        policy=make_policy(settings, denoiser.device.type, MeasuredCosts(text_tokens=text_length)),
         settings=settings,
         emit=emit,
     )

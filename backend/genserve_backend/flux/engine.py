@@ -240,7 +240,7 @@ class FluxEngine:
             self._max_tokens = self._settings.max_batched_tokens
         # No batch holds more than `max_tokens`, but for one that is a single image.
         max_tokens = 0 if self._settings.deterministic else self._max_tokens
-        batch = self._policy.choose(self._running, tick=self._tick, now=now, max_tokens=max_tokens)
+        batch = self._policy.choose(self._running, self._waiting, tick=self._tick, now=now, max_tokens=max_tokens)
         self._tick += 1
         outputs, failed = isolate(self._forward, batch, name=lambda image: image.name)
         for image, error in failed.items():

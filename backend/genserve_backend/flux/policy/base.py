@@ -8,7 +8,10 @@ from typing import Protocol, TypeVar
 
 
 class Image(Protocol):
-    """The properties of an unfinished image that policies depend on. Times are on the clock of a policy's `now`."""
+    """The properties of an unfinished image that policies depend on. Times are on the clock of a policy's `now`.
+
+    Images are compared and hashed by identity.
+    """
 
     @property
     def level(self) -> int:
@@ -75,7 +78,7 @@ class Limits:
 
 
 class Costs(Protocol):
-    """Estimates of the time that work takes on the device."""
+    """Estimates of the time that work takes on the device; 0 for work of which nothing is known."""
 
     @property
     def are_known(self) -> bool:
@@ -83,6 +86,9 @@ class Costs(Protocol):
 
     def step_s(self, batch_rows: int, tokens: int) -> float:
         """Return the seconds of a forward of `batch_rows` rows with `tokens` image tokens each."""
+
+    def encode_s(self) -> float:
+        """Return the seconds of an encoding of prompts."""
 
     def decode_s(self, tokens: int) -> float:
         """Return the seconds from an image's last step to its answer, for an image of `tokens` tokens."""
@@ -102,11 +108,14 @@ class Policy(Protocol):
             now: The time.
         """
 
-    def choose(self, running: Sequence[ImageT], *, tick: int, now: float, max_tokens: int) -> list[ImageT]:
+    def choose(
+        self, running: Sequence[ImageT], waiting: Sequence[ImageT], *, tick: int, now: float, max_tokens: int
+    ) -> list[ImageT]:
         """Return the images of the next forward, at least one, in the order of `running`.
 
         Args:
             running: Images with a slot; not empty.
+            waiting: The other images.
             tick: Counter of forwards.
             now: The time.
             max_tokens: Limit on the image tokens of the forward, including padding. A single image may exceed it.
@@ -115,5 +124,7 @@ class Policy(Protocol):
     def refused(self, images: Collection[ImageT], now: float) -> Mapping[ImageT, float]:
         """Return the images that cannot be finished by their deadline, with the seconds that each would take.
 
-        The engine asks once per image, before its first slot.
+        Args:
+            images: Images that have not had a slot.
+            now: The time.
         """

@@ -2,22 +2,119 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Mapping
+
+KNOWN_AFTER = 20
+"""Forwards after which the estimates can be relied on."""
+SETTLED_AFTER = 3
+"""Samples of which the lowest one counts: the first forwards of a shape also choose kernels and allocate memory."""
+WEIGHT = 0.1
+"""Weight of a new sample afterwards."""
+MAX_RATIO = 2.0
+"""Largest ratio of a sample to the mean that counts: a single stall says little about the next forward."""
+MAX_SHAPES = 64
+"""Shapes that are remembered, the latest ones."""
+
 
 class MeasuredCosts:
-    """Estimates from the engine's own forwards and decodings."""
+    """Estimates from the engine's own forwards, encodings and decodings.
 
-    def __init__(self) -> None:
-        self._steps: dict[tuple[int, int], float] = {}
+    A shape that has run has its own mean. Others follow from a line through the means, in the number of tokens that a
+    forward works on, including those of the prompts.
+
+    Args:
+        text_tokens: Tokens of a prompt, in every batch row.
+    """
+
+    def __init__(self, *, text_tokens: int) -> None:
+        self._text_tokens = text_tokens
+        self._forwards = 0
+        self._steps: OrderedDict[tuple[int, int], _Mean] = OrderedDict()
+        self._line: tuple[float, float] | None = None  # of the current means, once needed
+        self._encode = _Mean()
+        self._decodes: dict[int, _Mean] = {}
+
+    def observe_step(self, batch_rows: int, tokens: int, seconds: float) -> None:
+        """Record a forward of `batch_rows` rows with `tokens` image tokens each, in which no row was skipped."""
+        shape = batch_rows, tokens
+        self._steps.setdefault(shape, _Mean()).add(seconds)
+        self._steps.move_to_end(shape)
+        if len(self._steps) > MAX_SHAPES:
+            self._steps.popitem(last=False)
+        self._forwards += 1
+        self._line = None
+
+    def observe_encode(self, seconds: float) -> None:
+        """Record an encoding of prompts."""
+        self._encode.add(seconds)
+
+    def observe_decode(self, tokens: int, seconds: float) -> None:
+        """Record the time from an image's last step to its answer; callable from any thread."""
+        self._decodes.setdefault(tokens, _Mean()).add(seconds)
 
     @property
     def are_known(self) -> bool:
         """True once enough was measured for the estimates to be relied on."""
-        return False
+        return self._forwards >= KNOWN_AFTER
 
     def step_s(self, batch_rows: int, tokens: int) -> float:
         """Return the seconds of a forward of `batch_rows` rows with `tokens` image tokens each."""
-        return 0.0
+        if mean := self._steps.get((batch_rows, tokens)):
+            return mean.seconds
+        if self._line is None:
+            self._line = _line(
+                {
+                    rows * (image_tokens + self._text_tokens): mean.seconds
+                    for (rows, image_tokens), mean in self._steps.items()
+                }
+            )
+        start, slope = self._line
+        return start + slope * batch_rows * (tokens + self._text_tokens)
+
+    def encode_s(self) -> float:
+        """Return the seconds of an encoding of prompts."""
+        return self._encode.seconds
 
     def decode_s(self, tokens: int) -> float:
         """Return the seconds from an image's last step to its answer, for an image of `tokens` tokens."""
-        return 0.0
+        if mean := self._decodes.get(tokens):
+            return mean.seconds
+        start, slope = _line({size: mean.seconds for size, mean in list(self._decodes.items())})
+        return start + slope * tokens
+
+
+class _Mean:
+    """Moving average that a few slow samples hardly change."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._samples = 0
+
+    def add(self, seconds: float) -> None:
+        self._samples += 1
+        if self._samples == 1:
+            self.seconds = seconds
+        elif self._samples <= SETTLED_AFTER:
+            self.seconds = min(self.seconds, seconds)
+        else:
+            self.seconds += WEIGHT * (min(seconds, MAX_RATIO * self.seconds) - self.seconds)
+
+
+def _line(points: Mapping[int, float]) -> tuple[float, float]:
+    """Return the line ``(start, slope)`` with the least squares of relative errors; neither is negative."""
+    points = {x: y for x, y in points.items() if y > 0}
+    if not points:
+        return 0.0, 0.0
+    # Divided by y, the line is start / y + slope * x / y = 1.
+    uu = sum(1 / y**2 for y in points.values())
+    vv = sum((x / y) ** 2 for x, y in points.items())
+    uv = sum(x / y**2 for x, y in points.items())
+    u, v = sum(1 / y for y in points.values()), sum(x / y for x, y in points.items())
+    determinant = uu * vv - uv**2
+    if determinant <= 1e-9 * uu * vv:  # one size only
+        return 0.0, v / vv
+    start, slope = (u * vv - v * uv) / determinant, (v * uu - u * uv) / determinant
+    if start < 0:
+        return 0.0, v / vv
+    return (start, slope) if slope >= 0 else (u / uu, 0.0)

@@ -41,7 +41,9 @@ class Ordered:
             running += 1
         return order[:running], order[running:]
 
-    def choose(self, running: Sequence[ImageT], *, tick: int, now: float, max_tokens: int) -> list[ImageT]:
+    def choose(
+        self, running: Sequence[ImageT], waiting: Sequence[ImageT], *, tick: int, now: float, max_tokens: int
+    ) -> list[ImageT]:
         """Return the first image and those that fit in with it."""
         order = sorted(running, key=self._key)
         return in_order(running, fill(order, max_tokens=max_tokens, max_padding=self._limits.max_padding))

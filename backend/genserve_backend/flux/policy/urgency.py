@@ -23,7 +23,9 @@ class Urgency:
         """Return the images with a slot and the others, by level after aging, then started ones, then the oldest."""
         return assign_slots(images, max_running=self._limits.max_running, max_tokens=self._limits.max_tokens)
 
-    def choose(self, running: Sequence[ImageT], *, tick: int, now: float, max_tokens: int) -> list[ImageT]:
+    def choose(
+        self, running: Sequence[ImageT], waiting: Sequence[ImageT], *, tick: int, now: float, max_tokens: int
+    ) -> list[ImageT]:
         """Return the image whose turn it is and those that fit in with it."""
         chosen = fill(by_turn(running, tick), max_tokens=max_tokens, max_padding=self._limits.max_padding)
         return in_order(running, chosen)
