@@ -379,6 +379,7 @@ class EngineInstance(Base):
         self._admit(now)
         if not self._running:
             self._idle = True
+            self._grant()  # the next turn begins with it, then waits
             return
         start = max(now, self._device_free)
         newcomers = [image for image in self._running if not image.has_started]
