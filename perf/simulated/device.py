@@ -160,11 +160,13 @@ class Device:
         """Return the host's seconds for one image's file."""
         return _proportional(self.file, tokens)
 
+    def busy_s(self, *, rows: int, tokens: int, steps: int) -> float:
+        """Return the time for which an image needs the device to itself."""
+        return self.encode_s(rows) + steps * self.step_s(rows, tokens) + self.decode_s(tokens)
+
     def own_s(self, *, rows: int, tokens: int, steps: int) -> float:
-        """Return the time of an image alone on the device, from its encoding to its file."""
-        return (
-            self.encode_s(rows) + steps * self.step_s(rows, tokens) + self.decode_s(tokens) + self.file_s(tokens)
-        )
+        """Return an image's own time: alone on the device, from its encoding to its file."""
+        return self.busy_s(rows=rows, tokens=tokens, steps=steps) + self.file_s(tokens)
 
 
 def _points(pairs: Sequence[Sequence[float]]) -> Points:

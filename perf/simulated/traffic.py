@@ -17,6 +17,8 @@ from simulated.device import Device
 MIXES = Path(__file__).parent / "mixes"
 PIXELS_PER_TOKEN = 256
 DEFAULT_LEVEL = 2
+HANDOFF_S = 0.003
+"""Seconds from Triton's queue to an engine, also for a request that is alone."""
 
 Weights = tuple[tuple[Any, float], ...]
 """Values and their shares."""
@@ -55,8 +57,12 @@ class Arrival:
         return 2 if self.guided else 1
 
     def own_s(self, device: Device) -> float:
-        """Return the request's own time: alone on the device."""
-        return device.own_s(rows=self.rows, tokens=self.tokens, steps=self.steps)
+        """Return the request's own time: alone in a server with the device."""
+        return HANDOFF_S + device.own_s(rows=self.rows, tokens=self.tokens, steps=self.steps)
+
+    def device_s(self, device: Device) -> float:
+        """Return the time for which the request needs the device to itself."""
+        return device.busy_s(rows=self.rows, tokens=self.tokens, steps=self.steps)
 
 
 @dataclass(frozen=True)
@@ -119,16 +125,18 @@ class Mix:
             scale,
         )
 
-    def mean_own_s(self, device: Device) -> float:
-        """Return the mean own time of the mix's requests."""
-        rows = ((1, 1 - self.guided), (2, self.guided))
+    def mean_device_s(self, device: Device) -> float:
+        """Return the mean time for which a request of the mix needs the device to itself."""
         parts = [
-            (weight_size * weight_steps * weight_rows, device.own_s(rows=row, tokens=size**2 // 256, steps=steps))
+            (
+                weight_size * weight_steps * weight_rows,
+                device.busy_s(rows=rows, tokens=size * size // PIXELS_PER_TOKEN, steps=steps),
+            )
             for size, weight_size in self.sizes
             for steps, weight_steps in self.steps
-            for row, weight_rows in rows
+            for rows, weight_rows in ((1, 1 - self.guided), (2, self.guided))
         ]
-        return sum(weight * own for weight, own in parts) / sum(weight for weight, _ in parts)
+        return sum(weight * seconds for weight, seconds in parts) / sum(weight for weight, _ in parts)
 
 
 def mixes() -> list[str]:

@@ -16,20 +16,18 @@ import heapq
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from common.figures import Outcome
+from common.figures import TOLERANCE, Outcome
 from genserve_backend.flux.admission import Intake
 from genserve_backend.flux.policy import POLICIES, Policy, make_policy
 from genserve_backend.flux.policy.costs import MeasuredCosts
 from genserve_backend.settings import FluxSettings
 from simulated.device import Device
-from simulated.traffic import Arrival
+from simulated.traffic import HANDOFF_S, Arrival
 
-HANDOFF_S = 0.003
-"""Seconds from Triton's queue to the engine."""
 TASK_TIMEOUT_S = 240.0
 QUEUE_SIZE = 150
 """Of each level."""
@@ -72,11 +70,15 @@ class Ran:
         outcomes: One per request, in their order.
         seconds: From the first arrival to the last answer.
         busy_s: Seconds in which each device worked.
+        taken_s: From the first arrival to the moment when an instance took the last request.
+        busy_taken_s: Seconds in which the devices had worked by then, together.
     """
 
     outcomes: list[Outcome]
     seconds: float
     busy_s: list[float]
+    taken_s: float
+    busy_taken_s: float
 
 
 class VirtualImage:
@@ -97,7 +99,7 @@ class VirtualImage:
         self.batch_rows = arrival.rows
         self.cost = self.tokens * self.batch_rows
         self.has_own_deadline = arrival.scale is not None
-        self.deadline = arrival.at + (timeout_s if arrival.scale is None else arrival.scale * own_s)
+        self.deadline = arrival.at + (timeout_s if arrival.scale is None else arrival.scale * own_s * (1 + TOLERANCE))
         self.arrived = arrival.at
         self.waited_s = 0.0
         self.has_started = self.has_slot = self.was_asked = False
@@ -166,19 +168,31 @@ class Front:
             for number in range(setup.instances)
         ]
         self._executing: list[Instance] = list(self.instances)
+        self._later: deque[tuple[int, Arrival]] = deque()
+        """Requests that follow answers."""
+        self._taken = self._busy_taken_s = 0.0
 
-    def run(self, load: Sequence[Arrival]) -> Ran:
-        """Run a load until all requests are answered."""
+    def run(self, load: Sequence[Arrival], *, in_flight: int | None = None) -> Ran:
+        """Run a load until all requests are answered.
+
+        Args:
+            load: The requests, by their times.
+            in_flight: Keep so many in flight, whatever their times.
+        """
         for instance in self.instances:
             instance.start()
-        for index, arrival in enumerate(load):
-            self.clock.at(arrival.at, self._arrive, index, arrival)
+        for index, arrival in enumerate(load[:in_flight]):
+            self.clock.at(arrival.at if in_flight is None else 0.0, self._arrive, index, arrival)
+        self._later = deque(enumerate(load[in_flight:], start=in_flight) if in_flight else ())
         self.clock.run()
         outcomes = [self.outcomes[index] for index in range(len(load))]
-        first, last = load[0].at, max(each.arrived + each.latency_s for each in outcomes)
-        return Ran(outcomes, last - first, [instance.busy_s for instance in self.instances])
+        first, last = outcomes[0].arrived, max(each.arrived + each.latency_s for each in outcomes)
+        busy_s = [instance.busy_s for instance in self.instances]
+        return Ran(outcomes, last - first, busy_s, self._taken - first, self._busy_taken_s)
 
     def _arrive(self, index: int, arrival: Arrival) -> None:
+        if arrival.at != self.clock.now:
+            arrival = replace(arrival, at=self.clock.now)
         image = VirtualImage(index, arrival, own_s=arrival.own_s(self.setup.device), timeout_s=self.setup.timeout_s)
         queue = self._queue[image.level - 1]
         if len(queue) >= self.setup.queue_size:
@@ -230,6 +244,8 @@ class Front:
             instance.granted -= 1
             instance.margin = work = float(image.cost * image.steps)
             instance.load += work
+            self._taken = self.clock.now
+            self._busy_taken_s = sum(other.busy_s for other in self.instances)
             self._executing.append(instance)
             instance.submit(image)
 
@@ -276,6 +292,8 @@ class Front:
             error=error,
             instance=instance,
         )
+        if self._later:
+            self.clock.at(self.clock.now, self._arrive, *self._later.popleft())
 
 
 class Base:
@@ -499,9 +517,15 @@ class StaticInstance(LockInstance):
         return self.front.take_equal(image, room) if room else ()
 
 
-def simulate(load: Sequence[Arrival], setup: Setup) -> Ran:
-    """Run a load on a virtual clock, and return what became of its requests."""
-    return Front(setup).run(load)
+def simulate(load: Sequence[Arrival], setup: Setup, *, in_flight: int | None = None) -> Ran:
+    """Run a load on a virtual clock, and return what became of its requests.
+
+    Args:
+        load: The requests, by their times.
+        setup: What is simulated.
+        in_flight: Keep so many in flight, whatever their times.
+    """
+    return Front(setup).run(load, in_flight=in_flight)
 
 
 def contenders() -> list[str]:
