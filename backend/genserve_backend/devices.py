@@ -1,13 +1,16 @@
-"""Device helpers: dtype, memory, thread count, streams and non-blocking copies."""
+"""Device helpers: dtype, memory, thread count, streams, times and non-blocking copies."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -15,6 +18,8 @@ from numpy.typing import NDArray
 
 from genserve_backend.board import Memory
 from genserve_backend.settings import FluxDType, RerankDType, weights_dtype
+
+What = TypeVar("What")
 
 
 def resolve_dtype(dtype: FluxDType | RerankDType, device: str) -> torch.dtype:
@@ -82,6 +87,65 @@ def record_event(device: torch.device) -> torch.cuda.Event | None:
     event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
     event.record()
     return event
+
+
+@dataclass
+class Lap(Generic[What]):
+    """A piece of work that a `Stopwatch` measures."""
+
+    what: What
+    seconds: float = 0.0
+    events: tuple[torch.cuda.Event, torch.cuda.Event] | None = None
+    """On a GPU, its start and its end in the stream."""
+    is_discarded: bool = False
+
+    def discard(self) -> None:
+        """Leave the work out of the results."""
+        self.is_discarded = True
+
+
+class Stopwatch(Generic[What]):
+    """Times of pieces of work on a device, read without waiting for it.
+
+    A GPU runs behind the host, so that the host's clock shows when work was launched, not how long it took.
+
+    Args:
+        device: The device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_gpu = device.type == "cuda"
+        self._laps: deque[Lap[What]] = deque()
+
+    @contextmanager
+    def measure(self, what: What) -> Iterator[Lap[What]]:
+        """Measure the work of a with block in the current stream. Work that raises is left out."""
+        lap = Lap(what, events=(_timing_event(), _timing_event()) if self._is_gpu else None)
+        started = time.perf_counter()
+        if lap.events:
+            lap.events[0].record()
+        yield lap
+        if lap.events:
+            lap.events[1].record()
+        lap.seconds = time.perf_counter() - started
+        self._laps.append(lap)
+
+    def read(self) -> Iterator[tuple[What, float]]:
+        """Yield what has ended since the last call, with its seconds."""
+        while self._laps:
+            lap = self._laps[0]
+            if lap.events:
+                start, end = lap.events
+                if not end.query():
+                    return
+                lap.seconds = start.elapsed_time(end) / 1000
+            self._laps.popleft()
+            if not lap.is_discarded:
+                yield lap.what, lap.seconds
+
+
+def _timing_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 def wait_for_stream(device: torch.device) -> None:

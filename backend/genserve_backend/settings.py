@@ -27,7 +27,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 FluxDType = Literal[DType, "fp8", "int8", "int8wo"]
 RerankDType = Literal[DType, "int8"]
 CacheMethod = Literal["magcache", "first-block"]
-PolicyName = Literal["urgency", "fifo", "shortest"]
+PolicyName = Literal["urgency", "slack", "fifo", "shortest"]
 WeightsDType = Literal["float32", "bfloat16", "float16"]
 
 CONFIG_FILE = "config.pbtxt"
@@ -141,9 +141,9 @@ class FluxSettings(ModelSettings):
     """Largest ratio of padding to an image's own tokens if sizes share a forward; 0 keeps sizes apart. The default is
     0.25 on a CPU, and 0 on a GPU and for int8: there, images differ more from those made alone if they are padded."""
     policy: Annotated[PolicyName, Env("FLUX_POLICY")] = "urgency"
-    """Order of the images: urgency is by priority level, then first come, first served; fifo and shortest ignore levels
-    and serve the oldest image first, or the one with the least work left, and let others starve. They are for
-    comparison."""
+    """Order of the images: urgency is by priority level, then the oldest first; slack also meets the timeouts that
+    requests ask for, where the device can. fifo and shortest are for comparison: the oldest image first, or the one
+    with the least work left, whatever its level; others may starve."""
     prompt_cache_bytes: int = Field(default=256 * 2**20, ge=0)
     """Device memory for the cache of prompt embeddings, in bytes."""
     lora_cache_bytes: Annotated[int, Env("LORA_CACHE_BYTES")] = Field(default=2**30, ge=0)

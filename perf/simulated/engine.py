@@ -100,12 +100,14 @@ class SimulatedDecoder(Decoder):
         times: The device.
         model: The checkpoint's name.
         archive: Receives a copy of every file.
+        costs: Learns from the images how long they take.
     """
 
-    def __init__(self, times: Device, *, model: str, archive: ImageArchive) -> None:
+    def __init__(self, times: Device, *, model: str, archive: ImageArchive, costs: MeasuredCosts) -> None:
         self._times = times
         pipeline = SimpleNamespace(vae=None, transformer=SimpleNamespace(device=DEVICE))
-        super().__init__(pipeline, model=model, dtype=str(DTYPE).removeprefix("torch."), archive=archive)
+        dtype = str(DTYPE).removeprefix("torch.")
+        super().__init__(pipeline, model=model, dtype=dtype, archive=archive, costs=costs)
 
     def wait(self) -> None:
         """Wait while there is something to decode."""
@@ -139,7 +141,9 @@ def build(settings: FluxSettings, device: str, emit: Emit) -> FluxEngine:
     """Build the engine. The checkpoint in `settings` gives it its name and its limits; no weights are loaded."""
     checkpoint = FluxCheckpoint.load(settings.model_path)
     times = Device.load(os.environ[DEVICE_ENV], compiled=settings.compiled)
-    decoder = SimulatedDecoder(times, model=checkpoint.name, archive=ImageArchive(settings.save_test_images))
+    costs = MeasuredCosts(text_tokens=times.text_tokens)
+    archive = ImageArchive(settings.save_test_images)
+    decoder = SimulatedDecoder(times, model=checkpoint.name, archive=archive, costs=costs)
     adapters = Adapters(None, settings)
     return FluxEngine(
         encoder=SimulatedEncoder(times, decoder, cache_bytes=settings.prompt_cache_bytes),
@@ -154,7 +158,8 @@ def build(settings: FluxSettings, device: str, emit: Emit) -> FluxEngine:
             max_waiting=settings.max_gpu_queue_size,
             usual_cost=checkpoint.native_size**2 // PIXELS_PER_TOKEN,
         ),
-        policy=make_policy(settings, times.kind, MeasuredCosts(text_tokens=times.text_tokens)),
+        policy=make_policy(settings, times.kind, costs),
+        costs=costs,
         settings=settings,
         emit=emit,
     )

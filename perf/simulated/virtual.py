@@ -33,7 +33,6 @@ QUEUE_SIZE = 150
 """Of each level."""
 LEVELS = 3
 WRITERS = 2
-USUAL_TOKENS = 4096
 BASELINES = ("lock", "static")
 
 
@@ -50,6 +49,7 @@ class Setup:
         max_waiting: Requests that an instance holds in addition.
         queue_size: Limit of Triton's queue, of each level.
         timeout_s: Deadline of requests without one.
+        usual_tokens: Image tokens of the checkpoint's native size.
     """
 
     device: Device
@@ -60,6 +60,7 @@ class Setup:
     max_waiting: int = FluxSettings.model_fields["max_gpu_queue_size"].default
     queue_size: int = QUEUE_SIZE
     timeout_s: float = TASK_TIMEOUT_S
+    usual_tokens: int = 4096
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class VirtualImage:
 
     __slots__ = (
         "arrival", "arrived", "batch_rows", "cost", "deadline", "has_own_deadline", "has_slot", "has_started", "index",
-        "level", "ran_at", "size", "stepped_at", "steps", "steps_left", "tokens", "waited_s", "was_asked",
+        "level", "ran_at", "size", "stepped_at", "steps", "steps_left", "tokens", "waited_s",
     )
 
     def __init__(self, index: int, arrival: Arrival, *, own_s: float, timeout_s: float) -> None:
@@ -102,7 +103,7 @@ class VirtualImage:
         self.deadline = arrival.at + (timeout_s if arrival.scale is None else arrival.scale * own_s * (1 + TOLERANCE))
         self.arrived = arrival.at
         self.waited_s = 0.0
-        self.has_started = self.has_slot = self.was_asked = False
+        self.has_started = self.has_slot = False
         self.ran_at = 0
         self.stepped_at = 0.0
 
@@ -349,7 +350,7 @@ class EngineInstance(Base):
             max_running=setup.max_running,
             max_tokens=setup.max_tokens,
             max_waiting=setup.max_waiting,
-            usual_cost=USUAL_TOKENS,
+            usual_cost=setup.usual_tokens,
         )
         self._inbox: list[VirtualImage] = []
         self._images: list[VirtualImage] = []
@@ -421,13 +422,11 @@ class EngineInstance(Base):
         for image in late:
             self._forget(image)
             self.front.fail(image, "DeadlineExceeded")
-        fresh = [image for image in self._images if not image.was_asked]
-        if fresh:
-            for image in fresh:
-                image.was_asked = True
-            for image in self._policy.refused([image for image in self._images if not image.has_started], now):
-                self._forget(image)
-                self.front.fail(image, "Refused")
+        fresh = [image for image in self._images if not image.has_started]
+        for image in self._policy.refused(fresh, now):
+            self._forget(image)
+            self.front.fail(image, "Refused")
+            late.append(image)
         if late:
             self.front.dispatch()
 

@@ -24,10 +24,12 @@ from genserve.serve.options import ServeError
 from simulated.device import Device, TableError
 from simulated.fleet import fleet
 from simulated.replayed import replay_on
-from simulated.traffic import Arrival, Mix, draw_load, mixes, poisson
+from simulated.traffic import PIXELS_PER_TOKEN, Arrival, Mix, draw_load, mixes, poisson
 from simulated.virtual import BASELINES, Setup, contenders, simulate
 
 LARGEST_DIFFERENCE = 0.05
+DEMO_TOKENS = 128 * 128 // PIXELS_PER_TOKEN
+"""Image tokens of the native size of the demo's checkpoint, by which a server without images estimates the next."""
 ENGINE_POLICIES = tuple(name for name in contenders() if name not in BASELINES)
 
 FIGURES: dict[str, Callable[[Sequence[Outcome]], float]] = {
@@ -44,7 +46,7 @@ def measure(device: str, instances: int, policy: str, load: Sequence[Arrival]) -
     table = Device.load(device)
     with fleet([device], instances=instances, environment={"FLUX_POLICY": policy}) as (server,):
         real = replay_on([server.url("grpc")], load, table)
-    return real, simulate(load, Setup(table, instances, policy)).outcomes
+    return real, simulate(load, Setup(table, instances, policy, usual_tokens=DEMO_TOKENS)).outcomes
 
 
 def broken_promises(pairs: dict[str, tuple[float, float]]) -> list[str]:

@@ -73,7 +73,7 @@ def summarize(
 
 def run_virtual(devices: int, load: Sequence[Arrival], device: Device, in_flight: int) -> Result:
     """Run a load on the virtual clock."""
-    ran = simulate(load, Setup(device, devices), in_flight=in_flight)
+    ran = simulate(load, Setup(device, devices, queue_size=in_flight), in_flight=in_flight)
     lost = (devices * ran.taken_s - ran.busy_taken_s) / (devices * ran.seconds)
     return summarize(VIRTUAL, devices, load, device, ran.outcomes, lost)
 
@@ -81,7 +81,7 @@ def run_virtual(devices: int, load: Sequence[Arrival], device: Device, in_flight
 def run_server(devices: int, load: Sequence[Arrival], step_s: float, in_flight: int) -> Result:
     """Run a load on a real server."""
     device = Device.per_row(step_s)
-    with fleet([step_s], instances=devices) as (server,):
+    with fleet([step_s], instances=devices, environment={"MAX_GLOBAL_QUEUE_SIZE": str(in_flight)}) as (server,):
         outcomes = replay_on([server.url("grpc")], load, device, in_flight=in_flight)
     return summarize(SERVER, devices, load, device, outcomes)
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import pytest
 
 from genserve_backend.flux.admission import Intake
-from genserve_backend.flux.policy.slots import assign_slots, current_level
+from genserve_backend.flux.policy.base import Limits
+from genserve_backend.flux.policy.slots import current_level
+from genserve_backend.flux.policy.urgency import Urgency
 from genserve_backend.worker.scheduling import AGING_S
 
 
@@ -39,6 +41,13 @@ def newcomer(name: str, *, level: int = 2, arrived: float = 0.0, waited_s: float
 
 def names(images: Sequence[Candidate]) -> str:
     return "".join(image.name for image in images)
+
+
+def assign_slots(
+    images: Sequence[Candidate], *, max_running: int, max_tokens: int
+) -> tuple[list[Candidate], list[Candidate]]:
+    limits = Limits(max_running=max_running, max_tokens=max_tokens, max_padding=0.0)
+    return Urgency(limits).assign(images, now=0.0)
 
 
 def assigned(*images: Candidate, max_running: int = 100, max_tokens: int = 100) -> tuple[str, str]:

@@ -78,7 +78,9 @@ class Instance(Generic[SettingsT, CheckpointT]):
 
     def submit(self, reply: Reply, rows: Sequence[ParsedRow], options: RequestOptions) -> None:
         """Submit the rows of a request to the worker; they fill `reply`."""
-        deadline = time.monotonic() + min(options.timeout_s, self.settings.task_timeout_s)
+        limit_s = self.settings.task_timeout_s
+        deadline = time.monotonic() + min(options.timeout_s, limit_s)
+        has_own_deadline = options.timeout_s < limit_s
         reply.expect(len(rows))
         for index, row in enumerate(rows):
             try:
@@ -87,7 +89,9 @@ class Instance(Generic[SettingsT, CheckpointT]):
                 logger.exception("cannot write the board", extra={"fields": {"task_id": row.task_id}})
                 reply.fail(ServerError("the board could not be written; see the server's log"))
                 return
-            self._supervisor.submit(task, row.request, deadline=deadline, level=options.level)
+            self._supervisor.submit(
+                task, row.request, deadline=deadline, level=options.level, has_own_deadline=has_own_deadline
+            )
 
     def wait_for_slot(self) -> None:
         """Block while the instance is full, or while another instance should get the next request.

@@ -60,6 +60,7 @@ def assemble(
     """
     text_length = checkpoint.max_sequence_length
     adapters = Adapters(pipeline, settings)
+    costs = MeasuredCosts(text_tokens=text_length)
     denoiser = Denoiser(
         pipeline,
         max_sequence_length=text_length,
@@ -78,6 +79,7 @@ def assemble(
         model=checkpoint.name,
         dtype=dtype,
         archive=ImageArchive(settings.save_test_images),
+        costs=costs,
         max_images=1 if settings.deterministic else MAX_IMAGES,
     )
     log(logger, logging.INFO, "flux loaded", model=checkpoint.name, device=denoiser.device, dtype=dtype)
@@ -100,7 +102,8 @@ def assemble(
             max_waiting=settings.max_gpu_queue_size,
             usual_cost=checkpoint.native_size**2 // PIXELS_PER_TOKEN,
         ),
-        policy=make_policy(settings, denoiser.device.type, MeasuredCosts(text_tokens=text_length)),
+        policy=make_policy(settings, denoiser.device.type, costs),
+        costs=costs,
         settings=settings,
         emit=emit,
     )

@@ -52,6 +52,7 @@ class Decoder:
         model: The checkpoint's name, for the metadata.
         dtype: The dtype, for the metadata.
         archive: Receives a copy of every file.
+        costs: Learns from the images how long they take.
         max_images: Images of one VAE forward.
     """
 
@@ -65,6 +66,7 @@ class Decoder:
         # The VAE's weights may be in host memory between two decodings.
         self._device: torch.device = pipeline.transformer.device
         self._archive = archive
+        self._costs = costs
         self._max_images = max_images
         self._queue: SimpleQueue[Finished] = SimpleQueue()
         self._lock = threading.Lock()
@@ -172,6 +174,7 @@ class Decoder:
         with self._lock:
             self._pending -= 1
             self._seconds += now - started
+        self._costs.observe_decode(image.tokens, now - finished.at)
         image.job.done(
             FluxResult(
                 image=data,
@@ -180,6 +183,7 @@ class Decoder:
                 denoise_s=image.denoise_s,
                 decode_s=now - finished.at,
                 elapsed_time=now - image.arrived,
+                deadline_left_s=image.deadline - now,
                 mean_batch_size=image.batch_sizes / request.steps,
                 skipped_steps=image.skipped_steps,
                 dtype=self._dtype,

@@ -14,13 +14,15 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from genserve_backend.errors import RequestError
+from genserve_backend.devices import Stopwatch
+from genserve_backend.errors import DeadlineExceeded, RequestError
 from genserve_backend.flux.admission import Intake
 from genserve_backend.flux.decode import Decoder
 from genserve_backend.flux.denoise import Denoiser, Stepped
 from genserve_backend.flux.lora.adapters import Adapters
 from genserve_backend.flux.lora.cache import Combination
 from genserve_backend.flux.policy import Policy
+from genserve_backend.flux.policy.costs import MeasuredCosts
 from genserve_backend.flux.prompts import Embedding, Prompt, PromptEncoder
 from genserve_backend.flux.report import Reporter
 from genserve_backend.flux.schedule import Scheduler
@@ -57,6 +59,7 @@ class FluxEngine:
         reporter: Reports progress, previews and metrics.
         intake: Decides how many requests to grant.
         policy: Decides which images run.
+        costs: Learns from the forwards how long they take.
         settings: The limits.
         emit: Receives the events.
     """
@@ -72,6 +75,7 @@ class FluxEngine:
         reporter: Reporter,
         intake: Intake,
         policy: Policy,
+        costs: MeasuredCosts,
         settings: FluxSettings,
         emit: Emit,
     ) -> None:
@@ -83,6 +87,9 @@ class FluxEngine:
         self._reporter = reporter
         self._intake = intake
         self._policy = policy
+        self._costs = costs
+        self._forwards: Stopwatch[tuple[int, int]] = Stopwatch(denoiser.device)
+        """Times of forwards by batch rows and image tokens per row."""
         self._settings = settings
         self._emit = emit
         self._inbox: Inbox[ImageState | Cancel | Loaded] = Inbox()
@@ -121,6 +128,8 @@ class FluxEngine:
         self._grant()
         self._receive(wait=not self._images)
         self._drop_stopped()
+        self._learn()
+        self._refuse()
         self._admit()
         self._begin([image for image in self._running if not image.has_started])
         if self._running:
@@ -174,6 +183,24 @@ class FluxEngine:
         for image in [*self._images.values(), *self._loading.values()]:
             if error := image.job.stop_reason():
                 self._fail(image, error)
+                if isinstance(error, DeadlineExceeded):
+                    self._reporter.expired()
+
+    def _learn(self) -> None:
+        """Record the forwards that are done by now; nothing waits for the device."""
+        for (batch_rows, tokens), seconds in self._forwards.read():
+            self._costs.observe_step(batch_rows, tokens, seconds)
+
+    def _refuse(self) -> None:
+        """Fail images that could not be finished by their deadline, before any work on them."""
+        now = time.monotonic()
+        # It is not known how many steps an image with CACHE skips.
+        fresh = [image for image in self._images.values() if not (image.has_started or image.request.cache)]
+        for image, seconds in self._policy.refused(fresh, now).items():
+            left = max(0.0, image.deadline - now)
+            message = f"the request takes about {seconds:.1f} s on an idle device, and only {left:.1f} s are left"
+            self._fail(image, DeadlineExceeded(message))
+            self._reporter.refused()
 
     def _admit(self) -> None:
         """Reassign the slots."""
@@ -199,6 +226,7 @@ class FluxEngine:
         embeddings, failed = self._encoder.encode(prompt for image in newcomers for prompt in image.prompts)
         encoded = time.monotonic()
         self._reporter.encoded(encoded - started)
+        self._costs.observe_encode(encoded - started)
         for image in newcomers:
             error = next((failed[prompt] for prompt in image.prompts if prompt in failed), None)
             if error is None:
@@ -256,8 +284,10 @@ class FluxEngine:
 
     def _forward(self, images: Sequence[ImageState]) -> list[Stepped]:
         started = time.monotonic()
+        shape = sum(image.batch_rows for image in images), max(image.tokens for image in images)
         try:
-            outputs = self._denoiser.step(images)
+            with self._forwards.measure(shape) as lap:
+                outputs = self._denoiser.step(images)
         except torch.OutOfMemoryError:
             self._adapters.release()
             if len(images) > 1:
@@ -267,6 +297,8 @@ class FluxEngine:
         for image in images:
             image.batch_sizes += len(images)
         skipped = sum(stepped.skipped for stepped in outputs)
+        if skipped:
+            lap.discard()
         self._reporter.stepped(len(images), time.monotonic() - started, skipped=skipped)
         return outputs
 

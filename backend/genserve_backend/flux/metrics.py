@@ -8,6 +8,12 @@ DECODING = Gauge("genserve_decoding", "Images that are being decoded")
 STEPS = Counter("genserve_steps_total", "Denoising steps, counted per image")
 SKIPPED_STEPS = Counter("genserve_skipped_steps_total", "Denoising steps that were skipped, see CACHE")
 PREEMPTIONS = Counter("genserve_preemptions_total", "Times an image lost its slot to a more urgent one")
+REFUSED = Counter(
+    "genserve_missed_deadlines_total",
+    "Images that failed with DeadlineExceeded in the engine, by reason",
+    (("reason", "refused"),),
+)
+EXPIRED = Counter(REFUSED.name, REFUSED.help, (("reason", "expired"),))
 ADAPTERS = Gauge("genserve_adapters", "LoRA adapters on the device")
 ADAPTER_BYTES = Gauge("genserve_adapter_bytes", "Device memory of LoRA adapters, with the copies that forwards read")
 ADAPTER_LOADS = Counter("genserve_adapter_loads_total", "Files of LoRA adapters that were loaded")
@@ -23,6 +29,8 @@ METRICS: tuple[Metric, ...] = (
     STEPS,
     SKIPPED_STEPS,
     PREEMPTIONS,
+    REFUSED,
+    EXPIRED,
     ADAPTERS,
     ADAPTER_BYTES,
     ADAPTER_LOADS,

@@ -23,7 +23,9 @@ from genserve_backend.flux.metrics import (
     DECODING,
     DENOISE_SECONDS,
     ENCODE_SECONDS,
+    EXPIRED,
     PREEMPTIONS,
+    REFUSED,
     SKIPPED_STEPS,
     STEPS,
 )
@@ -83,6 +85,14 @@ class Reporter:
     def preempted(self) -> None:
         """Count an image that lost its slot to a more urgent one."""
         self._counts[PREEMPTIONS] += 1
+
+    def refused(self) -> None:
+        """Count an image that was refused because it could not be finished by its deadline."""
+        self._counts[REFUSED] += 1
+
+    def expired(self) -> None:
+        """Count an image that was not finished by its deadline."""
+        self._counts[EXPIRED] += 1
 
     def report(self, running: Sequence[ImageState], waiting: Sequence[ImageState]) -> None:
         """Send what is due: progress, previews and a heartbeat. Call it after every step."""

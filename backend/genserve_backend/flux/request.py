@@ -86,6 +86,8 @@ class FluxResult:
     decode_s: float
     elapsed_time: float
     """Seconds from its arrival at the instance to its answer."""
+    deadline_left_s: float
+    """Seconds that were left until its deadline at the answer."""
     mean_batch_size: float
     dtype: str
     skipped_steps: int = 0

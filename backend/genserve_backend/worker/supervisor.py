@@ -60,6 +60,7 @@ class _Entry:
     request: Any
     deadline: float
     level: int
+    has_own_deadline: bool
     arrived: float = field(default_factory=time.monotonic)
     deaths: int = 0
     cancel_sent: bool = False
@@ -108,10 +109,18 @@ class Supervisor:
             if self._start_error:
                 raise WorkerStartError(self._start_error)
 
-    def submit(self, task: Task, request: Any, *, deadline: float, level: int = DEFAULT_LEVEL) -> None:
+    def submit(
+        self,
+        task: Task,
+        request: Any,
+        *,
+        deadline: float,
+        level: int = DEFAULT_LEVEL,
+        has_own_deadline: bool = False,
+    ) -> None:
         """Queue a request; its task gets exactly one result or error. `deadline` is a time.monotonic() value."""
         with self._changed:
-            entry = _Entry(self._jobs, task, request, deadline, level)
+            entry = _Entry(self._jobs, task, request, deadline, level, has_own_deadline)
             self._jobs += 1
             closing = self._closing
             if not closing:
@@ -341,7 +350,15 @@ class Supervisor:
             self._sent[entry.job_id] = entry
             self._granted -= 1
             self._link.send(
-                Submit(entry.job_id, entry.task.task_id, entry.request, entry.deadline, entry.level, entry.arrived)
+                Submit(
+                    entry.job_id,
+                    entry.task.task_id,
+                    entry.request,
+                    entry.deadline,
+                    entry.level,
+                    entry.arrived,
+                    entry.has_own_deadline,
+                )
             )
 
     def _cancel(self, entry: _Entry) -> None:

@@ -31,7 +31,16 @@ INPUTS = (
     "ENCODING",
     "TASK_ID",
 )
-TIMINGS = ("queue_s", "encode_s", "denoise_s", "decode_s", "elapsed_time", "mean_batch_size", "skipped_steps")
+TIMINGS = (
+    "queue_s",
+    "encode_s",
+    "denoise_s",
+    "decode_s",
+    "elapsed_time",
+    "deadline_left_s",
+    "mean_batch_size",
+    "skipped_steps",
+)
 
 
 class TritonPythonModel:

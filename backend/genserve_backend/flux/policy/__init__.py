@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 from genserve_backend.flux.policy.base import Costs, Limits, Policy
 from genserve_backend.flux.policy.ordered import Ordered, first_come, least_work
+from genserve_backend.flux.policy.slack import Slack
 from genserve_backend.flux.policy.urgency import Urgency
 from genserve_backend.settings import FluxSettings, PolicyName
 
 POLICIES: dict[PolicyName, Callable[[Limits, Costs], Policy]] = {
     "urgency": lambda limits, costs: Urgency(limits),
+    "slack": Slack,
     "fifo": lambda limits, costs: Ordered(limits, first_come),
     "shortest": lambda limits, costs: Ordered(limits, least_work),
 }

@@ -87,6 +87,9 @@ class Costs(Protocol):
     def step_s(self, batch_rows: int, tokens: int) -> float:
         """Return the seconds of a forward of `batch_rows` rows with `tokens` image tokens each."""
 
+    def has_measured(self, batch_rows: int, tokens: int) -> bool:
+        """Return whether the estimate of `step_s` was measured; else it follows from other shapes."""
+
     def encode_s(self) -> float:
         """Return the seconds of an encoding of prompts."""
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 KNOWN_AFTER = 20
 """Forwards after which the estimates can be relied on."""
@@ -20,8 +21,8 @@ MAX_SHAPES = 64
 class MeasuredCosts:
     """Estimates from the engine's own forwards, encodings and decodings.
 
-    A shape that has run has its own mean. Others follow from a line through the means, in the number of tokens that a
-    forward works on, including those of the prompts.
+    A shape that was measured has its own mean. Others follow from a line through the means, in the number of tokens;
+    those of a forward include the tokens of the prompts.
 
     Args:
         text_tokens: Tokens of a prompt, in every batch row.
@@ -30,20 +31,14 @@ class MeasuredCosts:
     def __init__(self, *, text_tokens: int) -> None:
         self._text_tokens = text_tokens
         self._forwards = 0
-        self._steps: OrderedDict[tuple[int, int], _Mean] = OrderedDict()
-        self._line: tuple[float, float] | None = None  # of the current means, once needed
+        self._steps = _Table()
         self._encode = _Mean()
-        self._decodes: dict[int, _Mean] = {}
+        self._decodes = _Table()
 
     def observe_step(self, batch_rows: int, tokens: int, seconds: float) -> None:
         """Record a forward of `batch_rows` rows with `tokens` image tokens each, in which no row was skipped."""
-        shape = batch_rows, tokens
-        self._steps.setdefault(shape, _Mean()).add(seconds)
-        self._steps.move_to_end(shape)
-        if len(self._steps) > MAX_SHAPES:
-            self._steps.popitem(last=False)
+        self._steps.add((batch_rows, tokens), batch_rows * (tokens + self._text_tokens), seconds)
         self._forwards += 1
-        self._line = None
 
     def observe_encode(self, seconds: float) -> None:
         """Record an encoding of prompts."""
@@ -51,7 +46,7 @@ class MeasuredCosts:
 
     def observe_decode(self, tokens: int, seconds: float) -> None:
         """Record the time from an image's last step to its answer; callable from any thread."""
-        self._decodes.setdefault(tokens, _Mean()).add(seconds)
+        self._decodes.add((1, tokens), tokens, seconds)
 
     @property
     def are_known(self) -> bool:
@@ -60,17 +55,11 @@ class MeasuredCosts:
 
     def step_s(self, batch_rows: int, tokens: int) -> float:
         """Return the seconds of a forward of `batch_rows` rows with `tokens` image tokens each."""
-        if mean := self._steps.get((batch_rows, tokens)):
-            return mean.seconds
-        if self._line is None:
-            self._line = _line(
-                {
-                    rows * (image_tokens + self._text_tokens): mean.seconds
-                    for (rows, image_tokens), mean in self._steps.items()
-                }
-            )
-        start, slope = self._line
-        return start + slope * batch_rows * (tokens + self._text_tokens)
+        return self._steps.seconds((batch_rows, tokens), batch_rows * (tokens + self._text_tokens))
+
+    def has_measured(self, batch_rows: int, tokens: int) -> bool:
+        """Return whether the estimate of `step_s` was measured; else it follows from other shapes."""
+        return self._steps.has((batch_rows, tokens))
 
     def encode_s(self) -> float:
         """Return the seconds of an encoding of prompts."""
@@ -78,10 +67,38 @@ class MeasuredCosts:
 
     def decode_s(self, tokens: int) -> float:
         """Return the seconds from an image's last step to its answer, for an image of `tokens` tokens."""
-        if mean := self._decodes.get(tokens):
-            return mean.seconds
-        start, slope = _line({size: mean.seconds for size, mean in list(self._decodes.items())})
-        return start + slope * tokens
+        return self._decodes.seconds((1, tokens), tokens)
+
+
+class _Table:
+    """Means of shapes, and a line through them for other shapes."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._means: OrderedDict[tuple[int, int], tuple[int, _Mean]] = OrderedDict()
+        self._line: tuple[float, float] | None = None  # of the current means, once needed
+
+    def add(self, shape: tuple[int, int], size: int, seconds: float) -> None:
+        with self._lock:
+            _, mean = self._means.setdefault(shape, (size, _Mean()))
+            mean.add(seconds)
+            self._means.move_to_end(shape)
+            if len(self._means) > MAX_SHAPES:
+                self._means.popitem(last=False)
+            self._line = None
+
+    def has(self, shape: tuple[int, int]) -> bool:
+        with self._lock:
+            return shape in self._means
+
+    def seconds(self, shape: tuple[int, int], size: int) -> float:
+        with self._lock:
+            if found := self._means.get(shape):
+                return found[1].seconds
+            if self._line is None:
+                self._line = _line([(size, mean.seconds) for size, mean in self._means.values()])
+            start, slope = self._line
+            return start + slope * size
 
 
 class _Mean:
@@ -101,16 +118,16 @@ class _Mean:
             self.seconds += WEIGHT * (min(seconds, MAX_RATIO * self.seconds) - self.seconds)
 
 
-def _line(points: Mapping[int, float]) -> tuple[float, float]:
+def _line(points: Sequence[tuple[int, float]]) -> tuple[float, float]:
     """Return the line ``(start, slope)`` with the least squares of relative errors; neither is negative."""
-    points = {x: y for x, y in points.items() if y > 0}
+    points = [(x, y) for x, y in points if y > 0]
     if not points:
         return 0.0, 0.0
     # Divided by y, the line is start / y + slope * x / y = 1.
-    uu = sum(1 / y**2 for y in points.values())
-    vv = sum((x / y) ** 2 for x, y in points.items())
-    uv = sum(x / y**2 for x, y in points.items())
-    u, v = sum(1 / y for y in points.values()), sum(x / y for x, y in points.items())
+    uu = sum(1 / y**2 for _, y in points)
+    vv = sum((x / y) ** 2 for x, y in points)
+    uv = sum(x / y**2 for x, y in points)
+    u, v = sum(1 / y for _, y in points), sum(x / y for x, y in points)
     determinant = uu * vv - uv**2
     if determinant <= 1e-9 * uu * vv:  # one size only
         return 0.0, v / vv

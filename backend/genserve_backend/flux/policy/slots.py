@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
 from genserve_backend.flux.policy.base import Image, ImageT
 from genserve_backend.worker.messages import LEVELS
@@ -20,23 +19,35 @@ def by_age(image: Image) -> tuple[int, bool, float]:
     return current_level(image), not image.has_started, image.arrived
 
 
-def assign_slots(
-    images: Collection[ImageT], *, max_running: int, max_tokens: int, urgency: Callable[[Image], Any] = by_age
-) -> tuple[list[ImageT], list[ImageT]]:
-    """Return the images that run and the images that wait, each sorted by urgency.
+def is_less_urgent(running: Image, newcomer: Image) -> bool:
+    """Return whether a newcomer takes the slot of a running image.
 
-    Free slots go to the most urgent. Preemption compares the newcomer's own level with the level of the running image
-    after aging. Waiting alone therefore never preempts anyone, and an image that has waited long enough is not
-    preempted again. An image that does not fit yet blocks the images behind it that are not more urgent. An image
-    larger than `max_tokens` runs alone.
+    The newcomer's own level counts, and the running image's level after aging. Waiting alone therefore never preempts
+    anyone, and an image that has waited long enough is not preempted again.
+    """
+    return current_level(running) > newcomer.level
+
+
+def assign_slots(
+    images: Iterable[ImageT],
+    *,
+    max_running: int,
+    max_tokens: int,
+    preemptable: Callable[[ImageT, ImageT], bool] = is_less_urgent,
+) -> tuple[list[ImageT], list[ImageT]]:
+    """Return the images that run and the images that wait, each in the given order.
+
+    An image that does not fit yet blocks the images behind it that are not more urgent. An image larger than
+    `max_tokens` runs alone.
 
     Args:
-        images: All unfinished images.
+        images: All unfinished images, the first one gets a slot first.
         max_running: Number of slots.
         max_tokens: Limit on the image tokens of all slots together.
-        urgency: Sorting key; the level after aging comes first.
+        preemptable: Returns whether a running image loses its slot to a newcomer that comes before it.
     """
-    running = sorted((image for image in images if image.has_slot), key=urgency)
+    order = {image: number for number, image in enumerate(images)}
+    running = [image for image in order if image.has_slot]
     waiting: list[ImageT] = []
 
     def fits(image: ImageT, others: Sequence[ImageT]) -> bool:
@@ -44,14 +55,14 @@ def assign_slots(
         return len(others) < max_running and (cost <= max_tokens or not others)
 
     blocked = LEVELS[-1] + 1
-    for image in sorted((image for image in images if not image.has_slot), key=urgency):
+    for image in [image for image in order if not image.has_slot]:
         stay = list(running)
-        while not fits(image, stay) and stay and current_level(stay[-1]) > image.level:
+        while not fits(image, stay) and stay and preemptable(stay[-1], image):
             stay.pop()
         if fits(image, stay) and image.level < blocked:
             waiting += running[len(stay) :]
-            running = sorted([*stay, image], key=urgency)
+            running = sorted([*stay, image], key=order.__getitem__)
         else:
             waiting.append(image)
             blocked = min(blocked, image.level)
-    return running, sorted(waiting, key=urgency)
+    return running, sorted(waiting, key=order.__getitem__)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from genserve_backend.flux.policy.base import ImageT, Limits
 from genserve_backend.flux.policy.batches import by_turn, fill, in_order
-from genserve_backend.flux.policy.slots import assign_slots
+from genserve_backend.flux.policy.slots import assign_slots, by_age
 
 
 class Urgency:
@@ -21,7 +21,8 @@ class Urgency:
 
     def assign(self, images: Collection[ImageT], now: float) -> tuple[list[ImageT], list[ImageT]]:
         """Return the images with a slot and the others, by level after aging, then started ones, then the oldest."""
-        return assign_slots(images, max_running=self._limits.max_running, max_tokens=self._limits.max_tokens)
+        order = sorted(images, key=by_age)
+        return assign_slots(order, max_running=self._limits.max_running, max_tokens=self._limits.max_tokens)
 
     def choose(
         self, running: Sequence[ImageT], waiting: Sequence[ImageT], *, tick: int, now: float, max_tokens: int
