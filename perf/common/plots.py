@@ -57,8 +57,14 @@ def line_plot(
             style = {"color": PALETTE[number % len(PALETTE)], "marker": MARKERS[number % len(MARKERS)]}
             halves = [0.0 if each.half != each.half else each.half for each in points.values()]  # noqa: PLR0124  # NaN
             axis.errorbar(
-                list(points), [each.mean for each in points.values()], yerr=halves, label=name, capsize=2, lw=1.4,
-                ms=4, **style,
+                list(points),
+                [each.mean for each in points.values()],
+                yerr=halves,
+                label=name,
+                capsize=2,
+                lw=1.4,
+                ms=4,
+                **style,
             )
         axis.set_title(panel.title, fontsize=10)
         axis.set_xlabel(x)

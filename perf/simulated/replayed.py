@@ -39,9 +39,7 @@ async def _ask(client: AsyncClient, index: int, arrival: Arrival, device: Device
     return Outcome(asked - started, ended - asked, own_s, deadline_s, arrival.steps, error, instance)
 
 
-async def _replay(
-    urls: Sequence[str], load: Sequence[Arrival], device: Device, in_flight: int | None
-) -> list[Outcome]:
+async def _replay(urls: Sequence[str], load: Sequence[Arrival], device: Device, in_flight: int | None) -> list[Outcome]:
     async with AsyncClient(list(urls)) as client:
         await client.generate("a connection", height=64, width=64, steps=1)
         places = asyncio.Semaphore(in_flight or len(load))

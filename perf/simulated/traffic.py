@@ -169,7 +169,9 @@ def poisson(rate: float, draw: random.Random, *, hours: Sequence[float] = ()) ->
             yield at
 
 
-def bursts(rate: float, draw: random.Random, *, times: float = 4.0, on_s: float = 20.0, off_s: float = 80.0) -> Iterator[float]:
+def bursts(
+    rate: float, draw: random.Random, *, times: float = 4.0, on_s: float = 20.0, off_s: float = 80.0
+) -> Iterator[float]:
     """Yield the times of a Poisson process whose rate switches: a Markov-modulated one with two states.
 
     Args:
@@ -194,7 +196,12 @@ def at_once(count: int) -> Iterator[float]:
 
 
 def draw_load(
-    mix: Mix, times: Iterator[float], draw: random.Random, *, seconds: float | None = None, count: int | None = None,
+    mix: Mix,
+    times: Iterator[float],
+    draw: random.Random,
+    *,
+    seconds: float | None = None,
+    count: int | None = None,
     scale: float | None = None,
 ) -> list[Arrival]:
     """Return a load.

@@ -86,8 +86,23 @@ class VirtualImage:
     """A request on its way; for policies and `Intake`, an image."""
 
     __slots__ = (
-        "arrival", "arrived", "batch_rows", "cost", "deadline", "has_own_deadline", "has_slot", "has_started", "index",
-        "level", "ran_at", "size", "stepped_at", "steps", "steps_left", "tokens", "waited_s",
+        "arrival",
+        "arrived",
+        "batch_rows",
+        "cost",
+        "deadline",
+        "has_own_deadline",
+        "has_slot",
+        "has_started",
+        "index",
+        "level",
+        "ran_at",
+        "size",
+        "stepped_at",
+        "steps",
+        "steps_left",
+        "tokens",
+        "waited_s",
     )
 
     def __init__(self, index: int, arrival: Arrival, *, own_s: float, timeout_s: float) -> None:

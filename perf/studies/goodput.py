@@ -90,9 +90,7 @@ Key = tuple[str, float, str, float | None]
 Results = dict[Key, list[Figures]]
 
 
-def measure(
-    plan: Plan, runs: Sequence[Run], processes: int
-) -> Results:
+def measure(plan: Plan, runs: Sequence[Run], processes: int) -> Results:
     """Return the figures of all runs, by mix, load, policy and scale."""
     results: Results = {}
     with ProcessPoolExecutor(processes) as pool:

@@ -97,7 +97,10 @@ def main(device: str, instances: int, name: str, share: float, seconds: float, s
         of_all = interval([percentile(all_ones, 99) for _, all_ones in runs])
         short[policy] = of_short[-1]
         drawn.add_row(policy, f"{most[policy]:.2f}", *(f"{each:.2f}" for each in (*of_short, of_all)))
-    show(drawn, f"{instances} simulated devices ({table.name}), {mix.name}, {rate:.2f} requests/s, {share:g} of saturation")
+    show(
+        drawn,
+        f"{instances} simulated devices ({table.name}), {mix.name}, {rate:.2f} requests/s, {share:g} of saturation",
+    )
     judge(broken_promises(short, policies), check=check)
 
 

@@ -49,7 +49,11 @@ class Result:
 
 
 def summarize(
-    clock: str, devices: int, load: Sequence[Arrival], device: Device, outcomes: Sequence[Outcome],
+    clock: str,
+    devices: int,
+    load: Sequence[Arrival],
+    device: Device,
+    outcomes: Sequence[Outcome],
     lost_before: float | None = None,
 ) -> Result:
     """Return the figures of a run."""

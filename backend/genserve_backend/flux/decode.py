@@ -18,6 +18,7 @@ from genserve_backend.devices import hand_over, limit_threads, own_stream, recor
 from genserve_backend.errors import RequestError, ServerError
 from genserve_backend.flux.archive import ImageArchive
 from genserve_backend.flux.image_file import encode, generation_settings
+from genserve_backend.flux.policy.costs import MeasuredCosts
 from genserve_backend.flux.request import FluxResult
 from genserve_backend.flux.state import ImageState
 from genserve_backend.worker.engine import defect
@@ -57,7 +58,14 @@ class Decoder:
     """
 
     def __init__(
-        self, pipeline: FluxPipeline, *, model: str, dtype: str, archive: ImageArchive, max_images: int = MAX_IMAGES
+        self,
+        pipeline: FluxPipeline,
+        *,
+        model: str,
+        dtype: str,
+        archive: ImageArchive,
+        costs: MeasuredCosts,
+        max_images: int = MAX_IMAGES,
     ) -> None:
         self._pipeline = pipeline
         self._vae = pipeline.vae
