@@ -1,8 +1,6 @@
 """Figures of a load: percentiles, goodput, load balance, concurrency efficiency, failures and confidence intervals.
 
-The one place for their definitions. The first GenServe scripts printed a load balance and a concurrency efficiency: 10
-requests on 4 GPUs that ran one at a time had 0.67 and 0.8. They counted the requests of a GPU, and the rounds; here both
-are ratios to the ideal, 1.0, and do not depend on how the requests divide by the GPUs.
+The one place for their definitions. Load balance and concurrency efficiency are ratios to the ideal, 1.0.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,7 @@ def line_plot(
     for axis, panel in zip(axes[0], panels, strict=True):
         for number, (name, points) in enumerate(panel.series.items()):
             style = {"color": PALETTE[number % len(PALETTE)], "marker": MARKERS[number % len(MARKERS)]}
-            halves = [0.0 if each.half != each.half else each.half for each in points.values()]  # noqa: PLR0124  # NaN
+            halves = [0.0 if math.isnan(each.half) else each.half for each in points.values()]
             axis.errorbar(
                 list(points),
                 [each.mean for each in points.values()],

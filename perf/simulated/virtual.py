@@ -1,13 +1,13 @@
 """Triton, several instances and their devices on a virtual clock, which runs hours in seconds. No torch.
 
-The decisions are the product's own code: `Intake` grants requests, a policy assigns slots and chooses forwards. This
-module has what surrounds them, in the order of the real parts: Triton's queue with its levels, limit and timeouts
-(`Front`), the choice between instances (`adapter/balance.py`), the turns of the engine, and the decoder. A request takes
-`HANDOFF_S` from Triton's queue to the engine's inbox; other times of the server are left out. Decodings and steps share
-a device, one after the other; files are written beside it.
+The decisions are the product's own code: `Intake` grants requests, a policy assigns slots and chooses forwards, and
+learns the times of forwards as it does in a server. This module has what surrounds them: Triton's queue with its
+levels, limit and timeouts, the choice between instances (`adapter/balance.py`) with all backlogs known at once, the
+turns of the engine, and the decoder. A request takes `HANDOFF_S` from Triton's queue to the engine; other times of the
+server are left out. Decodings and steps share a device, one after the other; files are written beside it.
 
-`Device`-level baselines take the same places behind the same queue: `LockInstance` runs one request at a time,
-`StaticInstance` batches of equal size and steps, formed when the device is free, whose images leave together.
+Baselines take the places of engines behind the same queue: `LockInstance` runs one request at a time, `StaticInstance`
+batches of equal size and steps, formed when the device is free, whose images leave together.
 """
 
 from __future__ import annotations

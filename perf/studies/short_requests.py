@@ -1,7 +1,7 @@
 """Short requests among long ones on simulated devices: latency percentiles next to static batches and a lock.
 
-Runs on a virtual clock. The load is a share of the saturation: the requests per second that a policy makes of a backlog,
-and of static batches and ours the lower one. With --check it fails if a promise does not hold.
+Runs on a virtual clock. The load is a share of the saturation, the requests per second that a policy makes of a
+backlog: the lowest of static batches' and ours. With --check it fails if a promise does not hold.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import statistics
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 import pytest
@@ -32,7 +32,7 @@ HEAD = (
 
 
 def gaps(times: list[float]) -> list[float]:
-    return [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    return [later - earlier for earlier, later in pairwise(times)]
 
 
 def test_poisson_has_its_rate_and_independent_gaps() -> None:
