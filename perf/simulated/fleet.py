@@ -191,14 +191,13 @@ def fleet(
     """
     with tempfile.TemporaryDirectory(prefix="genserve-fleet-") as temporary:
         folder = Path(temporary)
-        repository = render(folder, instances=instances)
+        repository = render(folder)
         servers = []
         for number, device in enumerate(devices):
             own = folder / f"server-{number}"
             own.mkdir()
-            servers.append(
-                SimulatedServer(f"simulated-{number}", str(device), own, repository, dict(environment or {}))
-            )
+            settings = {"FLUX_WORKERS": str(instances), **(environment or {})}
+            servers.append(SimulatedServer(f"simulated-{number}", str(device), own, repository, settings))
         try:
             for server in servers:
                 server.start()
