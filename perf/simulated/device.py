@@ -187,7 +187,7 @@ def _at(points: Points, value: float) -> float:
 
 def _proportional(points: Points, value: float) -> float:
     """Return the linear interpolation; beyond the points, in proportion to the nearest one."""
-    for at, seconds in (points[0], points[-1]):
-        if at and (value <= at if at == points[0][0] else value >= at):
-            return seconds * value / at
-    return _at(points, value)
+    if points[0][0] < value < points[-1][0]:
+        return _at(points, value)
+    at, seconds = points[0] if value <= points[0][0] else points[-1]
+    return seconds * value / at if at else seconds

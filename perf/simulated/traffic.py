@@ -262,6 +262,8 @@ def read_trace(path: Path) -> list[Traced]:
         parsed = [_gentd26(row) if path.suffix == ".csv" else _katz(row) for row in rows]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise TraceError(f"{path} cannot be read: {type(error).__name__} {error}") from None
+    if not parsed:
+        raise TraceError(f"{path} cannot be read: it has no requests")
     parsed.sort(key=lambda each: each.at)
     return [replace(each, at=each.at - parsed[0].at) for each in parsed]
 

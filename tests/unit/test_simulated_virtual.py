@@ -145,7 +145,7 @@ def test_late_requests_fail_and_full_queues_reject() -> None:
 def test_idle_instances_get_the_work() -> None:
     load = draw_load(Mix.load("steps"), at_once(400), random.Random(0))
     ran = simulate(load, Setup(PER_ROW, 4, usual_tokens=64), in_flight=100)
-    assert load_balance(ran.busy_s) > 0.97
+    assert load_balance(ran.busy_s) > 0.94
     assert sum(ran.busy_s) / (4 * ran.seconds) > 0.95
     assert ran.taken_s < ran.seconds
 
