@@ -28,10 +28,13 @@ class TurnedEngine:
         self.granted = 0
         self._jobs = 0
 
-    def submit(self, request: Any, *, within_s: float = PATIENCE_S, level: int = 2) -> int:
+    def submit(
+        self, request: Any, *, within_s: float = PATIENCE_S, level: int = 2, has_own_deadline: bool = False
+    ) -> int:
         self._jobs += 1
         deadline = time.monotonic() + within_s
-        self.engine.submit(Submit(self._jobs, f"task-{self._jobs}", request, deadline, level))
+        name = f"task-{self._jobs}"
+        self.engine.submit(Submit(self._jobs, name, request, deadline, level, has_own_deadline=has_own_deadline))
         return self._jobs
 
     def turn(self, turns: int = 1) -> None:

@@ -31,7 +31,7 @@ class Cancelled(RequestError):
 
 
 class DeadlineExceeded(RequestError):
-    """The request did not finish within its timeout."""
+    """The request did not finish within its timeout, or could not."""
 
 
 class OutOfMemory(RequestError):

@@ -39,7 +39,7 @@ class QueueFull(GenServeError):
 
 
 class DeadlineExceeded(GenServeError):
-    """Request that waited or ran past its timeout.
+    """Request that waited or ran past its timeout, or could not be finished within it.
 
     Attributes:
         sent: False if no time was left to send the request.

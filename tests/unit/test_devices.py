@@ -13,6 +13,7 @@ import torch
 from genserve_backend import devices
 from genserve_backend.board import Memory
 from genserve_backend.devices import (
+    Stopwatch,
     copy_arrays,
     copy_back,
     copy_together,
@@ -37,8 +38,15 @@ class MockCuda:
         calls = self.calls
 
         class Event:
-            def __init__(self, *, blocking: bool = False) -> None:
+            def __init__(self, *, blocking: bool = False, enable_timing: bool = False) -> None:
                 calls.append(("event", blocking))
+                self.is_done = False
+
+            def query(self) -> bool:
+                return self.is_done
+
+            def elapsed_time(self, end: Event) -> float:
+                return 250.0
 
             def record(self) -> None:
                 calls.append("record")
@@ -92,6 +100,35 @@ class HostTensor:
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> MockCuda:
     return MockCuda(monkeypatch)
+
+
+def test_stopwatch_reads_what_has_ended() -> None:
+    stopwatch: Stopwatch[str] = Stopwatch(CPU)
+    with stopwatch.measure("work"):
+        pass
+    with stopwatch.measure("other") as lap:
+        lap.discard()
+    with pytest.raises(ValueError, match="broken"), stopwatch.measure("broken"):
+        raise ValueError("broken")
+    ((what, seconds),) = stopwatch.read()
+    assert what == "work"
+    assert seconds > 0
+    assert list(stopwatch.read()) == []
+
+
+def test_stopwatch_does_not_wait_for_a_gpu(cuda: MockCuda) -> None:
+    stopwatch: Stopwatch[str] = Stopwatch(CUDA)
+    laps = []
+    for what in ("a", "b"):
+        with stopwatch.measure(what) as lap:
+            laps.append(lap)
+    assert list(stopwatch.read()) == []
+    ends: list[Any] = [lap.events[1] for lap in laps if lap.events]
+    ends[1].is_done = True
+    assert list(stopwatch.read()) == []
+    ends[0].is_done = True
+    assert list(stopwatch.read()) == [("a", 0.25), ("b", 0.25)]
+    assert "sleep" not in cuda.calls
 
 
 def test_move_to_a_gpu_is_pinned_and_non_blocking() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +25,9 @@ from genserve_backend.flux.metrics import (
     DECODE_SECONDS,
     DENOISE_SECONDS,
     ENCODE_SECONDS,
+    EXPIRED,
     PREEMPTIONS,
+    REFUSED,
     STEPS,
 )
 from genserve_backend.flux.request import FluxResult
@@ -171,6 +174,77 @@ def test_waiting_image_fails_at_its_deadline(checkpoint: FluxCheckpoint) -> None
     assert type(engine.answer(late)) is DeadlineExceeded
     assert late not in engine.progress
     assert isinstance(engine.answer(running), FluxResult)
+
+
+def test_answer_tells_the_time_left(engine: EngineRun) -> None:
+    result = engine.answer(engine.submit(engine.parse(STEPS=1, **SMALL), within_s=50.0))
+    assert isinstance(result, FluxResult)
+    assert 0 < result.deadline_left_s <= 50.0 - result.elapsed_time + 0.01
+
+
+def teach(engine: EngineRun, seconds: float) -> None:
+    """Make an engine believe that a step of a small image takes `seconds`."""
+    for _ in range(200):
+        engine.engine._costs.observe_step(1, engine.parse(**SMALL).tokens, seconds)
+
+
+def test_image_that_cannot_meet_its_deadline_is_refused_at_once(
+    checkpoint: FluxCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_engine, "HEARTBEAT_S", 0.0)
+    engine = EngineRun(checkpoint, policy="slack")
+    teach(engine, 10.0)
+    refused = engine.submit(engine.parse(STEPS=5, **SMALL), within_s=30.0, has_own_deadline=True)
+    patient = engine.submit(engine.parse(STEPS=5, **SMALL), within_s=30.0)
+    skipping = engine.submit(engine.parse(STEPS=5, CACHE=0.1, **SMALL), within_s=30.0, has_own_deadline=True)
+    engine.turn()
+    error = engine.answers[refused]
+    assert type(error) is DeadlineExceeded
+    assert re.fullmatch(r"the request takes about 50\.0 s on an idle device, and only \d+\.\d s are left", str(error))
+    assert isinstance(engine.answer(patient), FluxResult)
+    assert isinstance(engine.answer(skipping), FluxResult)
+    engine.turn()
+    assert (count(engine.heartbeats, REFUSED), count(engine.heartbeats, EXPIRED)) == (1, 0)
+
+
+def test_image_in_danger_takes_a_slot(checkpoint: FluxCheckpoint) -> None:
+    engine = EngineRun(checkpoint, policy="slack", max_running=1)
+    patient = engine.submit(engine.parse(STEPS=60, **SMALL))
+    engine.turn(3)
+    teach(engine, 10.0)  # then less is to spare than the reserve
+    tight = engine.submit(engine.parse(STEPS=5, **SMALL), within_s=55.0, has_own_deadline=True)
+    assert isinstance(engine.answer(tight), FluxResult)
+    assert patient not in engine.answers
+    assert isinstance(engine.answer(patient), FluxResult)
+
+
+def test_engine_learns_the_times_of_its_forwards(checkpoint: FluxCheckpoint) -> None:
+    engine = EngineRun(checkpoint)
+    costs, tokens = engine.engine._costs, engine.parse(**SMALL).tokens
+    engine.run(engine.parse(STEPS=25, **SMALL), engine.parse(STEPS=3, NEGATIVE_PROMPT="green", **SMALL))
+    engine.turn()
+    assert costs.are_known
+    assert [costs.has_measured(rows, tokens) for rows in (1, 2, 3)] == [True, False, True]
+    assert min(costs.step_s(1, tokens), costs.encode_s(), costs.decode_s(tokens)) > 0
+
+
+def test_skipped_steps_teach_nothing(checkpoint: FluxCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = EngineRun(checkpoint)
+    learned: list[Any] = []
+    monkeypatch.setattr(engine.engine._costs, "observe_step", lambda *shape: learned.append(shape))
+    (result,) = engine.results(engine.parse(STEPS=30, CACHE=1.0, **SMALL))
+    engine.turn()
+    assert result.skipped_steps > 0
+    assert len(learned) == 30 - result.skipped_steps
+
+
+def test_expired_images_are_counted(checkpoint: FluxCheckpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_engine, "HEARTBEAT_S", 0.0)
+    engine = EngineRun(checkpoint)
+    late = engine.submit(engine.parse(STEPS=100), within_s=0.05)
+    assert type(engine.answer(late)) is DeadlineExceeded
+    engine.turn()
+    assert (count(engine.heartbeats, REFUSED), count(engine.heartbeats, EXPIRED)) == (0, 1)
 
 
 def test_preempted_images_continue_unchanged(checkpoint: FluxCheckpoint) -> None:

@@ -98,7 +98,7 @@ class Costs(Protocol):
 
 
 class Policy(Protocol):
-    """What runs, what waits, and what shares a forward.
+    """The decisions about unfinished images: slots, forwards and refusals.
 
     A policy has no clock: every method gets the time. It keeps no images between two calls.
     """

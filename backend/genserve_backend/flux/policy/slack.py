@@ -12,8 +12,8 @@ from genserve_backend.flux.policy.slots import assign_slots, by_age, is_less_urg
 from genserve_backend.worker.scheduling import AGING_S
 
 PATIENCE = 16
-"""Turns, weighted by level, after which an image without a deadline leads a forward, however tight the deadlines are.
-At the default level, such images together then lead one forward in eight."""
+"""Turns, weighted by level, after which an image without a deadline of its own leads a forward, however tight the
+deadlines are, once it is `AGING_S` old. At the default level, such images then lead one forward in eight together."""
 GAIN = 0.95
 """Largest share of its time alone that an image may add to the forward of another one. Above it, they gain nothing by
 sharing: one after the other, the first is done sooner and the second no later."""
@@ -72,7 +72,7 @@ class Slack:
         planned = [image for image in plan.order if image in here]
         others = by_turn([image for image in running if not image.has_own_deadline], tick)
         order = [*planned, *others] or [image for image in plan.late if image in here]
-        lead = self._lead(planned, others, plan, tick) if planned and others else order[0]
+        lead = self._lead(planned, others, plan, tick, now) if planned and others else order[0]
         forward = Forward(lead, plan, self._costs)
         chosen = fill(
             [lead, *(image for image in order if image is not lead)],
@@ -89,11 +89,14 @@ class Slack:
         times = {image: time_alone_s(image, self._costs) for image in images if image.has_own_deadline}
         return {image: seconds for image, seconds in times.items() if SURE * seconds > image.deadline - now}
 
-    def _lead(self, planned: Sequence[ImageT], others: Sequence[ImageT], plan: Plan[ImageT], tick: int) -> ImageT:
+    def _lead(
+        self, planned: Sequence[ImageT], others: Sequence[ImageT], plan: Plan[ImageT], tick: int, now: float
+    ) -> ImageT:
         """Return the image that the forward is for: the first planned one, or the other one whose turn it is."""
         head, other = planned[0], others[0]
-        if turn(other, tick) >= PATIENCE * len({image.tokens for image in others}):
-            return other
+        patience = PATIENCE * len({image.tokens for image in others})
+        if due := [image for image in others if turn(image, tick) >= patience and now - image.arrived >= AGING_S]:
+            return due[0]
         may_lead = other.level < head.level or self._costs.step_s(other.batch_rows, other.tokens) <= plan.free_s
         return other if may_lead and turn(other, tick) > turn(head, tick) else head
 
