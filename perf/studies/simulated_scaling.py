@@ -78,7 +78,8 @@ def summarize(
 def run_virtual(devices: int, load: Sequence[Arrival], device: Device, in_flight: int) -> Result:
     """Run a load on the virtual clock."""
     ran = simulate(load, Setup(device, devices, queue_size=in_flight), in_flight=in_flight)
-    lost = (devices * ran.taken_s - ran.busy_taken_s) / (devices * ran.seconds)
+    # Steps that run at that moment are counted to their ends.
+    lost = max(0.0, devices * ran.taken_s - ran.busy_taken_s) / (devices * ran.seconds)
     return summarize(VIRTUAL, devices, load, device, ran.outcomes, lost)
 
 

@@ -29,9 +29,7 @@ def test_goodput_counts_late_and_failed_requests_as_missed() -> None:
     assert goodput(outcomes) == 3 / 5
 
 
-@pytest.mark.parametrize(
-    ("percent", "value"), [(0, 1), (50, 2), (75, 3), (76, 4), (99, 4), (100, 4)], ids=str
-)
+@pytest.mark.parametrize(("percent", "value"), [(0, 1), (50, 2), (75, 3), (76, 4), (99, 4), (100, 4)], ids=str)
 def test_percentile_is_one_of_the_values(percent: float, value: float) -> None:
     assert percentile([4, 2, 1, 3], percent) == value
 
