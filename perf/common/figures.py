@@ -21,7 +21,7 @@ TOLERANCE = 1e-9
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a request.
+    """The end of a request.
 
     Attributes:
         arrived: Time of its arrival, in seconds from the start of the load.

@@ -237,7 +237,7 @@ class TraceError(Exception):
 
 @dataclass(frozen=True)
 class Traced:
-    """What a trace says of a request; what it does not say comes from a mix."""
+    """A request of a trace; what it does not say comes from a mix."""
 
     at: float
     steps: int | None = None

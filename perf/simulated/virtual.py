@@ -38,7 +38,7 @@ BASELINES = ("lock", "static")
 
 @dataclass(frozen=True)
 class Setup:
-    """What is simulated.
+    """Settings of a simulated server.
 
     Attributes:
         device: Of each instance.
@@ -65,7 +65,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Ran:
-    """What a run did.
+    """Results of a run.
 
     Attributes:
         outcomes: One per request, in their order.
@@ -167,7 +167,7 @@ class Front:
     """Triton's queue, and the instances behind it.
 
     Args:
-        setup: What is simulated.
+        setup: Settings.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -313,7 +313,7 @@ class Front:
 
 
 class Base:
-    """What all kinds of instances have.
+    """Common parts of all kinds of instances.
 
     Args:
         front: Gives requests and takes answers.
@@ -536,7 +536,7 @@ def simulate(load: Sequence[Arrival], setup: Setup, *, in_flight: int | None = N
 
     Args:
         load: The requests, by their times.
-        setup: What is simulated.
+        setup: Settings.
         in_flight: Keep so many in flight, whatever their times.
     """
     return Front(setup).run(load, in_flight=in_flight)

@@ -50,7 +50,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Figures:
-    """What is kept of a run."""
+    """Figures of a run."""
 
     goodput: float
     slow_99: float
@@ -59,7 +59,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Plan:
-    """What all runs share."""
+    """Settings that all runs share."""
 
     device: str
     instances: int
