@@ -136,7 +136,7 @@ class Stopwatch(Generic[What]):
             lap = self._laps[0]
             if lap.events:
                 start, end = lap.events
-                if not end.query():
+                if not end.query():  # type: ignore[no-untyped-call]
                     return
                 lap.seconds = start.elapsed_time(end) / 1000
             self._laps.popleft()

@@ -212,7 +212,7 @@ def test_image_in_danger_takes_a_slot(checkpoint: FluxCheckpoint) -> None:
     patient = engine.submit(engine.parse(STEPS=60, **SMALL))
     engine.turn(3)
     teach(engine, 10.0)  # then less is to spare than the reserve
-    tight = engine.submit(engine.parse(STEPS=5, **SMALL), within_s=55.0, has_own_deadline=True)
+    tight = engine.submit(engine.parse(STEPS=5, **SMALL), within_s=50.0, has_own_deadline=True)
     assert isinstance(engine.answer(tight), FluxResult)
     assert patient not in engine.answers
     assert isinstance(engine.answer(patient), FluxResult)

@@ -21,7 +21,7 @@ from genserve_backend.flux.decode import Decoder
 from genserve_backend.flux.denoise import Denoiser, Stepped
 from genserve_backend.flux.lora.adapters import Adapters
 from genserve_backend.flux.lora.cache import Combination
-from genserve_backend.flux.policy import Policy
+from genserve_backend.flux.policy.base import Policy
 from genserve_backend.flux.policy.costs import MeasuredCosts
 from genserve_backend.flux.prompts import Embedding, Prompt, PromptEncoder
 from genserve_backend.flux.report import Reporter
