@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 DEVICES = Path(__file__).parent / "devices"
+PARTS = ("step", "encode", "decode", "file")
 Points = tuple[tuple[float, float], ...]
 """Arguments and seconds, by rising argument."""
 
@@ -95,17 +96,18 @@ class Device:
         sizes: dict[int, list[tuple[float, float]]] = {}
         for tokens, rows, seconds in table["step"][kind]:
             sizes.setdefault(tokens, []).append((rows, seconds))
-        parts = {name: _points(table[name]["points"]) for name in ("encode", "decode", "file")}
-        flags = {name: "measured" if table[name]["measured"] else "given" for name in ("step", *parts)}
+        flags = {part: "measured" if table[part]["measured"] else "given" for part in PARTS}
         return cls(
             name=f"{table['name']}, {kind}",
-            source="; ".join(f"{name} {flag}: {table[name]['source']}" for name, flag in flags.items()),
+            source="; ".join(f"{part} {flag}: {table[part]['source']}" for part, flag in flags.items()),
             steps={tokens: _points(sizes[tokens]) for tokens in sorted(sizes)},
+            encode=_points(table["encode"]["points"]),
+            decode=_points(table["decode"]["points"]),
+            file=_points(table["file"]["points"]),
             text_tokens=table["text_tokens"],
             width=table["width"],
             floor_s=table["step"]["floor_s"],
             kind=table["kind"],
-            **parts,
         )
 
     def times(self, factor: float) -> Device:

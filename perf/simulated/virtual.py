@@ -14,15 +14,17 @@ from __future__ import annotations
 
 import heapq
 import sys
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from common.figures import TOLERANCE, Outcome
 from genserve_backend.flux.admission import Intake
-from genserve_backend.flux.policy import POLICIES, Policy, make_policy
+from genserve_backend.flux.policy import POLICIES, make_policy
+from genserve_backend.flux.policy.base import Policy
 from genserve_backend.flux.policy.costs import MeasuredCosts
 from genserve_backend.settings import FluxSettings
 from simulated.device import Device
@@ -33,7 +35,6 @@ QUEUE_SIZE = 150
 """Of each level."""
 LEVELS = 3
 WRITERS = 2
-BASELINES = ("lock", "static")
 
 
 @dataclass(frozen=True)
@@ -144,25 +145,6 @@ class Clock:
             do(*arguments)
 
 
-class Instance(Protocol):
-    """An instance behind Triton's queue."""
-
-    granted: int
-    """Requests that it may still take."""
-    load: float
-    """Work of its requests."""
-    margin: float
-    """Work of the last one."""
-    busy_s: float
-    answered: int
-
-    def start(self) -> None:
-        """Ask for the first requests."""
-
-    def submit(self, image: VirtualImage) -> None:
-        """Take a request."""
-
-
 class Front:
     """Triton's queue, and the instances behind it.
 
@@ -178,10 +160,7 @@ class Front:
         self._free: deque[Instance] = deque()
         """Instances in which no ``execute()`` runs, the longest wait first."""
         self.instances: list[Instance] = [
-            {"lock": LockInstance, "static": StaticInstance}[setup.policy](self, number)
-            if setup.policy in BASELINES
-            else EngineInstance(self, number)
-            for number in range(setup.instances)
+            KINDS.get(setup.policy, EngineInstance)(self, number) for number in range(setup.instances)
         ]
         self._executing: list[Instance] = list(self.instances)
         self._later: deque[tuple[int, Arrival]] = deque()
@@ -292,8 +271,7 @@ class Front:
 
     def done(self, image: VirtualImage, instance: Instance) -> None:
         """Answer a request with an image."""
-        instance.answered += 1
-        self._answer(image, "", instance=f"flux_0_{self.instances.index(instance)}")
+        self._answer(image, "", instance=instance.name)
 
     def _answer(self, image: VirtualImage, error: str, *, instance: str) -> None:
         arrival = image.arrival
@@ -312,8 +290,8 @@ class Front:
             self.clock.at(self.clock.now, self._arrive, *self._later.popleft())
 
 
-class Base:
-    """Common parts of all kinds of instances.
+class Instance(ABC):
+    """An instance behind Triton's queue.
 
     Args:
         front: Gives requests and takes answers.
@@ -322,13 +300,23 @@ class Base:
 
     def __init__(self, front: Front, number: int) -> None:
         self.front = front
-        self.number = number
+        self.name = f"flux_0_{number}"
         self.granted = 0
+        """Requests that it may still take."""
         self.load = 0.0
+        """Work of its requests."""
         self.margin = 0.0
+        """Work of the last one."""
         self.busy_s = 0.0
-        self.answered = 0
         self._writers = [0.0] * WRITERS
+
+    @abstractmethod
+    def start(self) -> None:
+        """Ask for the first requests."""
+
+    @abstractmethod
+    def submit(self, image: VirtualImage) -> None:
+        """Take a request."""
 
     def _work(self, seconds: float) -> float:
         self.busy_s += seconds
@@ -345,7 +333,7 @@ class Base:
         self.front.done(image, self)
 
 
-class EngineInstance(Base):
+class EngineInstance(Instance):
     """The engine's turns (`flux/engine.py`) and its decoder (`flux/decode.py`)."""
 
     def __init__(self, front: Front, number: int) -> None:
@@ -493,7 +481,7 @@ class EngineInstance(Base):
                 images.remove(image)
 
 
-class LockInstance(Base):
+class LockInstance(Instance):
     """One request at a time, as a pipeline behind a lock. Requests leave the queue in time or not at all."""
 
     def start(self) -> None:
@@ -529,6 +517,10 @@ class StaticInstance(LockInstance):
         setup = self.front.setup
         room = min(setup.max_running, max(1, setup.max_tokens // image.cost)) - 1
         return self.front.take_equal(image, room) if room else ()
+
+
+KINDS: dict[str, type[Instance]] = {"lock": LockInstance, "static": StaticInstance}
+BASELINES = tuple(KINDS)
 
 
 def simulate(load: Sequence[Arrival], setup: Setup, *, in_flight: int | None = None) -> Ran:
