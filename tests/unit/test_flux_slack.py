@@ -151,6 +151,19 @@ def test_a_less_urgent_deadline_takes_no_slot_from_a_more_urgent_level() -> None
     assert not tight.is_met
 
 
+@pytest.mark.parametrize("max_running", [1, 2])
+def test_levels_come_first_while_no_deadline_is_in_danger(max_running: int) -> None:
+    low = PlainImage("l", steps=20, level=3, within_s=100.0)
+    high = PlainImage("h", steps=5, level=1, arrived=3.0, within_s=200.0)
+    assert run(low, high, max_running=max_running) == ["l"] * 3 + ["h"] * 5 + ["l"] * 17
+
+
+def test_a_deadline_in_danger_comes_before_a_level_that_can_wait() -> None:
+    low = PlainImage("l", steps=5, level=3, within_s=6.0)
+    high = PlainImage("h", steps=5, level=1, within_s=100.0)
+    assert run(low, high, max_running=1) == ["l"] * 5 + ["h"] * 5
+
+
 def test_the_earlier_deadline_gets_the_slot() -> None:
     later, sooner = PlainImage("l", steps=10, within_s=18.0), PlainImage("s", steps=5, arrived=2.0, within_s=6.0)
     run(later, sooner, max_running=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ RESERVE = 0.2
 """Share of the estimated time that is kept free, for errors of the estimates and for images that arrive later."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Entry(Generic[ImageT]):
     """An image in a plan."""
 
@@ -26,28 +27,14 @@ class Entry(Generic[ImageT]):
     """Seconds of a step alone."""
     share_s: float
     """Its share of the seconds of a step in a batch of its size."""
+    work_s: float
+    """Its share of the seconds of its remaining steps."""
+    slack_s: float
+    """Seconds that it may wait if it then has the whole device, without the reserve."""
+    is_doomed: bool
+    """True if not even the whole device can finish it in time."""
     spare_s: float = 0.0
-    """Seconds that the device may spend on work outside the plan before this image's last step."""
-
-    @property
-    def alone_s(self) -> float:
-        """Seconds of its remaining steps alone."""
-        return self.step_s * self.image.steps_left
-
-    @property
-    def work_s(self) -> float:
-        """Its share of the seconds of its remaining steps."""
-        return self.share_s * self.image.steps_left
-
-    @property
-    def is_doomed(self) -> bool:
-        """True if not even the whole device can finish it in time."""
-        return self.alone_s * OPTIMISM > self.budget_s
-
-    @property
-    def slack_s(self) -> float:
-        """Seconds that it may wait if it then has the whole device."""
-        return self.budget_s - (1 + RESERVE) * self.alone_s
+    """Seconds that the device may spend on work outside the plan before its last step, without the reserve."""
 
 
 class Plan(Generic[ImageT]):
@@ -69,8 +56,7 @@ class Plan(Generic[ImageT]):
         self.entries: list[Entry[ImageT]] = []
         """The images that can be finished in time, the earliest deadline first."""
         for entry in sorted((entry for entry in timed if not entry.is_doomed), key=_level_and_budget):
-            self.entries.append(entry)
-            self.entries.sort(key=_budget)
+            insort(self.entries, entry, key=_budget)
             self._drop_late(entry.image.level)
         self.order = {entry.image: number for number, entry in enumerate(self.entries)}
         """Their numbers."""
@@ -82,7 +68,12 @@ class Plan(Generic[ImageT]):
             total += entry.work_s
             entry.spare_s = entry.budget_s - (1 + RESERVE) * total
         self.free_s = min((min(entry.spare_s, entry.slack_s) for entry in self.entries), default=float("inf"))
-        """Seconds that the device may spend on other work now; below zero, only the reserve is left."""
+        """Seconds that the device may spend on other work now, without the reserve."""
+        self.is_tight = self.free_s <= max((entry.step_s for entry in self.entries), default=0.0)
+        """True if not even a step of the longest kind may be spent on other work."""
+        by_level = self.entries if self.is_tight else sorted(self.entries, key=_level_and_budget)
+        self.queue = [entry.image for entry in by_level]
+        """The planned images, the next one first: by level, and the earliest deadline first if the plan is tight."""
 
     def _drop_late(self, level: int) -> None:
         """Drop images of `level` until no image is late. All were on time before the last one was added."""
@@ -120,8 +111,18 @@ def _entries(timed: Sequence[ImageT], costs: Costs, now: float, max_tokens: int)
     for image in timed:
         step_s = costs.step_s(image.batch_rows, image.tokens)
         share_s = min(step_s, row_s[image.tokens] * image.batch_rows)
-        budget_s = image.deadline - now - _around_s(image, costs)
-        entries.append(Entry(image, budget_s, step_s, share_s))
+        budget_s, steps = image.deadline - now - _around_s(image, costs), image.steps_left
+        entries.append(
+            Entry(
+                image,
+                budget_s,
+                step_s=step_s,
+                share_s=share_s,
+                work_s=share_s * steps,
+                slack_s=budget_s - (1 + RESERVE) * step_s * steps,
+                is_doomed=step_s * steps * OPTIMISM > budget_s,
+            )
+        )
     return entries
 
 

@@ -42,17 +42,16 @@ class Slack:
         """Return the images with a slot and the others, each with the most urgent first."""
         plan = Plan(images, self._costs, now, max_tokens=self._limits.max_tokens)
         late = set(plan.late)
-        is_tight = plan.free_s <= 0
-        leads = is_tight or all(image.has_own_deadline for image in images)
-        first = list(plan.order) if leads else []
+        leads = plan.is_tight or all(image.has_own_deadline for image in images)
+        first = plan.queue if leads else []
         others = [image for image in images if image not in late and not (leads and image in plan.order)]
 
         def preemptable(running: ImageT, newcomer: ImageT) -> bool:
             if running in late or newcomer in late:
                 return newcomer not in late
-            if running in plan.order and newcomer in plan.order:
-                return is_tight and plan.order[newcomer] < plan.order[running]
-            if is_tight and newcomer in plan.order:
+            if plan.is_tight and newcomer in plan.order:
+                if running in plan.order:
+                    return plan.order[newcomer] < plan.order[running]
                 return newcomer.level <= _rank(running)
             return is_less_urgent(running, newcomer)
 
@@ -69,7 +68,7 @@ class Slack:
         """Return the image that leads, and those that gain by sharing its forward and cost no deadline."""
         plan = Plan([*running, *waiting], self._costs, now, max_tokens=max_tokens)
         here = set(running)
-        planned = [image for image in plan.order if image in here]
+        planned = [image for image in plan.queue if image in here]
         others = by_turn([image for image in running if not image.has_own_deadline], tick)
         order = [*planned, *others] or [image for image in plan.late if image in here]
         lead = self._lead(planned, others, plan, tick, now) if planned and others else order[0]
@@ -120,7 +119,10 @@ class Forward(Generic[ImageT]):
         self._plan = plan
         self._costs = costs
         self._seconds = costs.step_s(lead.batch_rows, lead.tokens)
-        self._images = {lead}
+        # Work on an image is no delay for itself, nor for those that come after it in the plan.
+        self._done_before = [0.0] * len(plan.entries)
+        self._done_on = [0.0] * len(plan.entries)
+        self._add(lead)
 
     def may_join(self, image: ImageT, batch_rows: int, tokens: int) -> bool:
         """Return whether an image joins, and count it in if so.
@@ -136,26 +138,35 @@ class Forward(Generic[ImageT]):
             alone = self._costs.step_s(image.batch_rows, image.tokens)
             if seconds - self._seconds > GAIN * alone:
                 return False
-        images = {*self._images, image}
-        if self._costs_a_deadline(images, seconds):
+        if self._costs_a_deadline(image, seconds):
             return False
-        self._images, self._seconds = images, seconds
+        self._seconds = seconds
+        self._add(image)
         return True
 
-    def _costs_a_deadline(self, images: Collection[ImageT], seconds: float) -> bool:
-        """Return whether a forward for more images takes time that a planned image does not have."""
-        delay, new_delay = self._seconds, seconds
-        for entry in self._plan.entries:
-            # Work on an image is no delay for those that come after it in the plan.
-            delay -= entry.share_s if entry.image in self._images else 0.0
-            new_delay -= entry.share_s if entry.image in images else 0.0
-            own, new_own = self._seconds, seconds
-            if entry.image in images:
-                new_own -= entry.step_s
-                own -= entry.step_s if entry.image in self._images else 0.0
-            if new_delay > max(delay, entry.spare_s) or new_own > max(own, entry.slack_s):
+    def _costs_a_deadline(self, image: ImageT, seconds: float) -> bool:
+        """Return whether a forward that takes `seconds` with an image uses up time that a planned one does not have."""
+        plan, now_s = self._plan, self._seconds
+        position = plan.order.get(image, len(plan.entries))
+        share_s = plan.entries[position].share_s if image in plan.order else 0.0
+        for number, entry in enumerate(plan.entries):
+            before = self._done_before[number]
+            new_before = before + share_s if number >= position else before
+            if seconds - new_before > max(now_s - before, entry.spare_s):
+                return True
+            on = self._done_on[number]
+            new_on = entry.step_s if number == position else on
+            if seconds - new_on > max(now_s - on, entry.slack_s):
                 return True
         return False
+
+    def _add(self, image: ImageT) -> None:
+        position = self._plan.order.get(image)
+        if position is not None:
+            entry = self._plan.entries[position]
+            self._done_on[position] = entry.step_s
+            for number in range(position, len(self._done_before)):
+                self._done_before[number] += entry.share_s
 
 
 def _rank(image: Image) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 from genserve_backend.flux.policy.base import Image, ImageT
 from genserve_backend.worker.messages import LEVELS
@@ -49,19 +49,20 @@ def assign_slots(
     order = {image: number for number, image in enumerate(images)}
     running = [image for image in order if image.has_slot]
     waiting: list[ImageT] = []
-
-    def fits(image: ImageT, others: Sequence[ImageT]) -> bool:
-        cost = image.cost + sum(other.cost for other in others)
-        return len(others) < max_running and (cost <= max_tokens or not others)
-
+    used = sum(image.cost for image in running)
     blocked = LEVELS[-1] + 1
+
     for image in [image for image in order if not image.has_slot]:
-        stay = list(running)
-        while not fits(image, stay) and stay and preemptable(stay[-1], image):
-            stay.pop()
-        if fits(image, stay) and image.level < blocked:
-            waiting += running[len(stay) :]
-            running = sorted([*stay, image], key=order.__getitem__)
+        stay, cost = len(running), used + image.cost
+        while not (fits := stay < max_running and (cost <= max_tokens or not stay)):
+            if not stay or not preemptable(running[stay - 1], image):
+                break
+            stay -= 1
+            cost -= running[stay].cost
+        if fits and image.level < blocked:
+            waiting += running[stay:]
+            running = sorted([*running[:stay], image], key=order.__getitem__)
+            used = cost
         else:
             waiting.append(image)
             blocked = min(blocked, image.level)
