@@ -308,3 +308,8 @@ def replay(
             drawn = mix.draw(draw, each.at * stretch, scale)
             load.append(replace(drawn, steps=each.steps or drawn.steps, loras=each.loras))
     return load
+
+
+def window(load: Sequence[Arrival], start: float, seconds: float) -> list[Arrival]:
+    """Return the part of a load that begins at `start`, with times from there."""
+    return [replace(each, at=each.at - start) for each in load if start <= each.at < start + seconds]

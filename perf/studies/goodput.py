@@ -26,7 +26,7 @@ from common.command import COUNT, SETTINGS, fail, judge, new_table, show
 from common.figures import Interval, goodput, interval, percentile
 from common.plots import Panel, line_plot
 from simulated.device import Device, TableError
-from simulated.traffic import Mix, TraceError, bursts, draw_load, mixes, poisson, read_trace, replay
+from simulated.traffic import Mix, TraceError, bursts, draw_load, mixes, poisson, read_trace, replay, window
 from simulated.virtual import Setup, contenders, simulate
 
 SCALES = (1.0, 1.1, 1.2, 1.5, 2.0)
@@ -74,7 +74,8 @@ class Plan:
         rate = run.load * self.instances / mix.mean_device_s(device)
         if self.trace:
             load = replay(read_trace(self.trace), mix, draw, rate=rate, scale=run.scale)
-            load = [each for each in load if each.at < self.seconds]
+            start = draw.uniform(0.0, max(0.0, load[-1].at - self.seconds))
+            load = window(load, start, self.seconds)
         else:
             times = bursts(rate, draw) if self.arrivals == "bursts" else poisson(rate, draw, hours=mix.hours)
             load = draw_load(mix, times, draw, seconds=self.seconds, scale=run.scale)
@@ -187,7 +188,11 @@ def _names(known: Sequence[str], _: click.Context, __: click.Parameter, text: st
 @click.option("--seconds", type=click.FloatRange(60), default=3600.0, show_default=True, help="Length of a load.")
 @click.option("--seeds", type=COUNT, default=5, show_default=True, help="Runs of each case.")
 @click.option("--arrivals", type=click.Choice(("poisson", "bursts")), default="poisson", show_default=True)
-@click.option("--trace", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Arrivals of a trace.")
+@click.option(
+    "--trace",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Arrivals of a trace, from another moment for each seed.",
+)
 @click.option("--processes", type=COUNT, default=1, show_default=True)
 @click.option("--plot", "target", type=click.Path(path_type=Path), help="PNG and SVG file, without the suffix.")
 @click.option("--check", is_flag=True, help="Fail if a promise does not hold.")
@@ -206,7 +211,7 @@ def main(
     check: bool,
 ) -> None:
     """Simulate the share of requests in time over deadlines, loads and policies."""
-    plan = Plan(device, instances, seconds, arrivals, trace)
+    plan = Plan(device, instances, seconds, trace.name if trace else arrivals, trace)
     runs = [
         Run(name, load, policy, scale, seed)
         for name in names

@@ -23,6 +23,7 @@ from simulated.traffic import (
     poisson,
     read_trace,
     replay,
+    window,
 )
 
 HEAD = (
@@ -116,3 +117,8 @@ def test_other_files_are_no_traces(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(TraceError, match="cannot be read"):
         read_trace(path)
+
+
+def test_window_is_a_part_with_its_own_clock() -> None:
+    load = [Arrival(float(at), 512, steps=at + 1) for at in range(10)]
+    assert [(each.at, each.steps) for each in window(load, 2.5, 3.0)] == [(0.5, 4), (1.5, 5), (2.5, 6)]
