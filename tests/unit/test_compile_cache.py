@@ -1,4 +1,4 @@
-"""The folder for compiled code."""
+"""The folder for compiled code, and the end of the processes that make it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import stat
 from pathlib import Path
 
 import pytest
+from torch._inductor import config
+from torch._inductor.async_compile import AsyncCompile
 
-from genserve_backend.compilation import FOLDER_ENV, default_folder, use_cache
+from genserve_backend.compilation import FOLDER_ENV, default_folder, stop_compilers, use_cache
 
 
 @pytest.fixture(autouse=True)
@@ -53,3 +55,14 @@ def test_folder_of_another_user_is_not_used(
     use_cache(tmp_path)
     assert os.environ[FOLDER_ENV] == ""
     assert "compiled code is not kept" in caplog.text
+
+
+def test_compilers_end() -> None:
+    with config.patch(compile_threads=2):
+        pool = AsyncCompile.process_pool()
+        assert pool.submit(os.getpid).result() != os.getpid()
+        assert pool.process.poll() is None
+        stop_compilers()
+        assert pool.process.poll() == 0
+        assert AsyncCompile.process_pool() is not pool, "later code finds new processes"
+        stop_compilers()

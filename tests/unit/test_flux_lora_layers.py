@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 
 from genserve_backend.flux.lora.cache import Adapter, Combination, Part
 from genserve_backend.flux.lora.folder import AdapterFile, Version
-from genserve_backend.flux.lora.layers import AdaptedModel
+from genserve_backend.flux.lora.layers import AdaptedModel, add_low_rank
 from genserve_backend.flux.lora.weights import LowRank, Shape
 from genserve_backend.matrices import Int8Linear, PackedLinear, has_int8, use_int8_matrices, use_packed_matrices
 
@@ -107,6 +107,21 @@ def test_each_row_has_its_own_adapters(inputs: tuple[torch.Tensor, torch.Tensor]
     assert_rows(plain, model(*inputs), inputs, rows)
 
 
+@pytest.mark.parametrize("length", [1, 16, 80])
+def test_rows_with_adapters_are_the_same_alone_to_the_bit(length: int) -> None:
+    states, down, up = torch.randn(ROWS, length, 64), torch.randn(ROWS, 8, 64), torch.randn(ROWS, 8, 96)
+    product = torch.randn(ROWS, length, 96)
+    together = add_low_rank(product.clone(), states, down, up)
+    # Zeros: another row of the batch may have a higher rank.
+    wide_down, wide_up = (torch.cat((each, torch.zeros_like(each)), dim=1) for each in (down, up))
+    for row in range(ROWS):
+        own = slice(row, row + 1)
+        alone = add_low_rank(product[own].clone(), states[own], down[own], up[own])
+        wide = add_low_rank(product[own].clone(), states[own], wide_down[own], wide_up[own])
+        assert torch.equal(together[own], alone)
+        assert torch.equal(wide, alone)
+
+
 def test_rows_without_adapters_are_unchanged_to_the_bit(inputs: tuple[torch.Tensor, torch.Tensor]) -> None:
     model = Model()
     expected = model(*inputs)
@@ -164,6 +179,9 @@ def test_other_kinds_of_layers_are_adapted(kind: type[nn.Module], inputs: tuple[
     assert torch.equal(output[1:4], expected[1:4])
     whole = merged(plain, rows[0])(*(each[:1] for each in inputs))
     assert (output[0] - whole[0]).abs().mean() < 0.05 * whole.abs().mean()
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    torch.testing.assert_close(compiled(*inputs), output)
 
 
 def test_slots_are_used_again(inputs: tuple[torch.Tensor, torch.Tensor]) -> None:

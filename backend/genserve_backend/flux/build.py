@@ -72,7 +72,7 @@ def assemble(
         use_reproducible_kernels(denoiser.device.type)
     scheduler = Scheduler(pipeline.scheduler)
     if settings.compiled:
-        compile_blocks(pipeline, denoiser, scheduler, checkpoint=checkpoint, settings=settings)
+        compile_blocks(pipeline, denoiser, scheduler, adapters=adapters, checkpoint=checkpoint, settings=settings)
     dtype = precision.dtype_name(settings, denoiser.dtype)
     decoder = Decoder(
         pipeline,

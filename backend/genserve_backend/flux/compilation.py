@@ -1,9 +1,9 @@
 """Compiled blocks of the transformer: a fixed number of graphs, all of them made before the first request.
 
 Each class of blocks is compiled once for all of its blocks, with the number of batch rows and of image tokens left
-open. torch makes separate code for one batch row and for several, and for forwards with a mask. The warm-up runs each
-of these. From then on nothing is compiled: a shape that no code fits runs eagerly, and is logged. Forwards with
-adapters run eagerly too.
+open. torch makes separate code for one batch row and for several, for forwards with a mask, and for those with
+adapters. The warm-up runs each of these. From then on nothing is compiled: a shape that no code fits runs eagerly, and
+is logged.
 """
 
 from __future__ import annotations
@@ -16,11 +16,14 @@ from typing import Any
 
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from torch.fx.experimental import _config as shapes
 
-from genserve_backend.compilation import use_cache
+from genserve_backend.compilation import stop_compilers, use_cache
 from genserve_backend.flux.attention import RaggedAttention
 from genserve_backend.flux.checkpoint import FluxCheckpoint
 from genserve_backend.flux.denoise import Denoiser
+from genserve_backend.flux.lora.adapters import Adapters
+from genserve_backend.flux.lora.cache import NeutralCombination
 from genserve_backend.flux.prompts import Embedding
 from genserve_backend.flux.request import PIXELS_PER_TOKEN, SIZE_MULTIPLE, parse
 from genserve_backend.flux.schedule import Scheduler
@@ -31,8 +34,10 @@ from genserve_backend.worker.engine import Job
 from genserve_backend.worker.messages import Submit
 
 ROWS = 3
-"""Batch rows of the warm-up with several. Not 2: torch takes sizes that are equal in the first forward for the same
-size, and there is a tensor of 2 positions."""
+"""Batch rows of the warm-up with several. Not 2: there is a tensor of 2 positions, and sizes that are equal in the
+first forward may be taken for the same size."""
+MAX_GRAPHS = 16
+"""Graphs of a class of blocks, at most: more than the warm-up makes. torch's own limit is 8."""
 LOGGED_SHAPES = 32
 """Shapes without compiled code that are logged, at most."""
 
@@ -70,6 +75,7 @@ def compile_blocks(
     denoiser: Denoiser,
     scheduler: Scheduler,
     *,
+    adapters: Adapters,
     checkpoint: FluxCheckpoint,
     settings: FluxSettings,
 ) -> None:
@@ -79,6 +85,7 @@ def compile_blocks(
         pipeline: The denoiser's pipeline. The attention of its transformer is replaced.
         denoiser: One with real rotations.
         scheduler: Plans the steps of the images.
+        adapters: The denoiser's. If any are served, every kind of forward also runs with them.
         checkpoint: The images are about as large as its native ones.
         settings: The limits.
 
@@ -97,9 +104,20 @@ def compile_blocks(
     tokens = min(checkpoint.native_size**2 // PIXELS_PER_TOKEN, settings.max_batched_tokens // ROWS)
     is_masked = settings.padding_limit(denoiser.device.type) > 0 and not settings.deterministic
     prompt = _no_prompt(transformer, checkpoint, denoiser)
-    with torch.inference_mode():  # like the engine's turns: compiled code is for one mode
-        for sizes in warm_up_sizes(tokens, masked=is_masked):
-            denoiser.step([_image(size, prompt, denoiser, scheduler, checkpoint) for size in sizes])
+    with (
+        torch.inference_mode(),  # like the engine's turns: compiled code is for one mode
+        torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS),
+        # Ranks that are equal now may differ later.
+        shapes.patch(use_duck_shape=False),  # type: ignore[attr-defined]
+    ):
+        for combination in (None, NeutralCombination()) if adapters.served else (None,):
+            for sizes in warm_up_sizes(tokens, masked=is_masked):
+                images = [_image(size, prompt, denoiser, scheduler, checkpoint) for size in sizes]
+                for image in images:
+                    image.adapters = combination
+                denoiser.step(images)
+    adapters.release()
+    stop_compilers()
     for block in _blocks(transformer):
         block._compiled_call_impl = torch._dynamo.run(block._call_impl)  # compiles nothing, unlike torch.compile
     log(logger, logging.INFO, "flux compiled", graphs=_graphs() - before, seconds=time.monotonic() - started)
@@ -108,8 +126,8 @@ def compile_blocks(
 def warm_up_sizes(tokens: int, *, masked: bool) -> list[list[tuple[int, int]]]:
     """Return the sizes of the images in each forward of the warm-up, height and width in pixels.
 
-    torch takes two sizes that are equal in the first forward for the same size: odd numbers of image tokens differ from
-    all widths of the model.
+    Two sizes that are equal in the first forward may be taken for the same size: odd numbers of image tokens differ
+    from all widths of the model.
 
     Args:
         tokens: Image tokens of the largest image, about.

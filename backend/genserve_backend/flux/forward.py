@@ -125,11 +125,8 @@ class Forward:
         rotation = context.rotation if len(context.rotation) == 1 else rows.select(context.rotation)
         mask = None if context.mask is None else rows.select(context.mask)
         transformer = self._transformer
-        adapted = any(context.adapters[number] for number in rows.numbers)
         for block in islice(chain(transformer.transformer_blocks, transformer.single_transformer_blocks), first, end):
-            # Blocks are compiled without adapters.
-            run = block._call_impl if adapted else block
-            text, image = run(
+            text, image = block(
                 hidden_states=image,
                 encoder_hidden_states=text,
                 temb=conditioning,

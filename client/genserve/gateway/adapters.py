@@ -7,7 +7,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-MAX_ADAPTERS = 32
+MAX_ADAPTERS = 8
+"""The limit of the servers behind the gateway."""
 
 
 class Adapter(BaseModel):

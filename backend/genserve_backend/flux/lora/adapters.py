@@ -45,6 +45,11 @@ class Adapters:
             dtype=dtype,
         )
 
+    @property
+    def served(self) -> bool:
+        """True if requests can have adapters."""
+        return self._loader is not None
+
     def load(self, loras: Sequence[Lora], done: Done) -> None:
         """Load the adapters of a request into host memory.
 

@@ -114,6 +114,17 @@ class Combination:
         return ranks
 
 
+class NeutralCombination(Combination):
+    """Combination of no adapters that takes a slot like any other, for a warm-up."""
+
+    def __init__(self) -> None:
+        super().__init__(())
+
+    def adapts(self, part: str) -> bool:
+        """Return true."""
+        return True
+
+
 class AdapterCache:
     """The latest version of each adapter that was used, within a budget; callable from any thread.
 

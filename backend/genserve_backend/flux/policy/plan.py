@@ -53,11 +53,14 @@ class Plan(Generic[ImageT]):
 
     def __init__(self, images: Iterable[ImageT], costs: Costs, now: float, *, max_tokens: int) -> None:
         timed = _entries([image for image in images if image.has_own_deadline], costs, now, max_tokens)
-        self.entries: list[Entry[ImageT]] = []
+        hopeful = [entry for entry in timed if not entry.is_doomed]
+        self.entries = sorted(hopeful, key=_budget)
         """The images that can be finished in time, the earliest deadline first."""
-        for entry in sorted((entry for entry in timed if not entry.is_doomed), key=_level_and_budget):
-            insort(self.entries, entry, key=_budget)
-            self._drop_late(entry.image.level)
+        if self._until_late():
+            self.entries = []
+            for entry in sorted(hopeful, key=_level_and_budget):
+                insort(self.entries, entry, key=_budget)
+                self._drop_late(entry.image.level)
         self.order = {entry.image: number for number, entry in enumerate(self.entries)}
         """Their numbers."""
         late = sorted((entry for entry in timed if entry.image not in self.order), key=_hope)

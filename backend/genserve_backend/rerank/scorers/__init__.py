@@ -7,7 +7,7 @@ import logging
 import torch
 
 from genserve_backend.checkpoints import CheckpointError
-from genserve_backend.compilation import use_cache
+from genserve_backend.compilation import stop_compilers, use_cache
 from genserve_backend.devices import resolve_dtype
 from genserve_backend.logs import log
 from genserve_backend.matrices import has_int8
@@ -59,6 +59,7 @@ def build_scorer(checkpoint: RerankCheckpoint, settings: RerankSettings, device:
     )
     if scorer.compiled:
         _warm_up(scorer, settings.token_budget(device))
+        stop_compilers()
     return scorer
 
 
