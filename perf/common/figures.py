@@ -71,10 +71,10 @@ class Interval:
         return self.mean + self.half
 
     def __format__(self, spec: str) -> str:
-        """Return mean and half width, as in ``95.2 +- 0.4``; the spec is that of a float."""
-        percent = spec.endswith("%")
-        mean, half = format(self.mean, spec), format(self.half, spec)
-        return f"{mean.rstrip('%')} ± {half.rstrip('%')}{' %' if percent else ''}"
+        """Return mean and half width, as in ``95.2 ± 0.4``; the spec is that of a float. One run has no width."""
+        unit = " %" if spec.endswith("%") else ""
+        mean, half = (format(value, spec).rstrip("%") for value in (self.mean, self.half))
+        return f"{mean}{unit}" if math.isnan(self.half) else f"{mean} ± {half}{unit}"
 
 
 def interval(values: Sequence[float]) -> Interval:

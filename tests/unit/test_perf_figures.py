@@ -57,6 +57,7 @@ def test_interval_is_that_of_student() -> None:
     assert (found.low, found.high) == (found.mean - found.half, found.mean + found.half)
     assert f"{Interval(0.5, 0.012):.1%}" == "50.0 ± 1.2 %"
     assert math.isnan(interval([1.0]).half)
+    assert f"{interval([0.5]):.0%}" == "50 %"
 
 
 def test_failures_are_counted_by_kind() -> None:
