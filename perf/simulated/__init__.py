@@ -1,4 +1,8 @@
-"""Simulated device: the real Triton, stub, worker and FLUX engine around steps that only take time."""
+"""Simulated devices, and whatever is printed of them is simulated.
 
-STEP_ENV = "SIMULATED_STEP_S"
-"""Environment variable of the worker: seconds that a forward takes per batch row."""
+Either the real Triton, stubs, workers and FLUX engine are around parts that only take time, or a model of them runs on
+a virtual clock.
+"""
+
+DEVICE_ENV = "SIMULATED_DEVICE"
+"""Environment variable of the worker: the text that `simulated.device.Device.load` takes."""

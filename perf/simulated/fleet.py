@@ -1,4 +1,4 @@
-"""Several servers with simulated devices on this machine, and faults for each of them."""
+"""Servers with simulated devices on this machine, and faults for each of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from genserve.serve.options import ServeError
 from genserve.serve.ports import free_ports
 from genserve.serve.process import clear_abandoned_segments
 from genserve.serve.state import ServerState
-from simulated import STEP_ENV
+from simulated import DEVICE_ENV
 from simulated.repository import SimulatedRepository, link_checkpoint, render
 
 START_TIMEOUT_S = 120.0
@@ -34,15 +34,17 @@ class SimulatedServer:
 
     Attributes:
         name: The model's name in INFO, by which an answer names its server.
-        step_s: Seconds of the device per step and batch row, from the next start on.
+        device: The device from the next start on, as `simulated.device.Device.load` takes it.
         folder: Folder for state, checkpoint and log.
         repository: Repository to serve.
+        environment: Settings of the models.
     """
 
     name: str
-    step_s: float
+    device: str
     folder: Path
     repository: SimulatedRepository
+    environment: Mapping[str, str] = field(default_factory=dict)
     _ports: list[int] = field(default_factory=lambda: free_ports(3))
     _serve: subprocess.Popen[bytes] | None = None
     _stopped: psutil.Process | None = None
@@ -72,12 +74,12 @@ class SimulatedServer:
             "FLUX_MODEL_PATH": str(checkpoint),
             "GENSERVE_STATE_DIR": str(self.folder),
             "OMP_NUM_THREADS": "1",  # the device computes nothing
-            STEP_ENV: str(self.step_s),
+            DEVICE_ENV: self.device,
         }
         with self.log.open("ab") as log:
             self._serve = subprocess.Popen(
                 command,
-                env={**os.environ, **environment},
+                env={**os.environ, **environment, **self.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -174,11 +176,15 @@ class SimulatedServer:
 
 
 @contextlib.contextmanager
-def fleet(steps_s: Sequence[float]) -> Iterator[list[SimulatedServer]]:
-    """Serve one simulated device per entry of `steps_s` inside the block, whatever has happened to them at its end.
+def fleet(
+    devices: Sequence[str | float], *, instances: int = 1, environment: Mapping[str, str] | None = None
+) -> Iterator[list[SimulatedServer]]:
+    """Serve one server per entry of `devices` inside the block, whatever has happened to them at its end.
 
     Args:
-        steps_s: Seconds per step and batch row of each server's device.
+        devices: The device of each server, as `simulated.device.Device.load` takes it; a number is seconds per row.
+        instances: Instances of each server, with a device each.
+        environment: Settings of the models.
 
     Raises:
         ServeError: A server did not become ready.
@@ -187,10 +193,11 @@ def fleet(steps_s: Sequence[float]) -> Iterator[list[SimulatedServer]]:
         folder = Path(temporary)
         repository = render(folder)
         servers = []
-        for number, step_s in enumerate(steps_s):
+        for number, device in enumerate(devices):
             own = folder / f"server-{number}"
             own.mkdir()
-            servers.append(SimulatedServer(f"simulated-{number}", step_s, own, repository))
+            settings = {"FLUX_WORKERS": str(instances), **(environment or {})}
+            servers.append(SimulatedServer(f"simulated-{number}", str(device), own, repository, settings))
         try:
             for server in servers:
                 server.start()

@@ -44,7 +44,7 @@ def measure(requests: int, looped: int, steps: int, step_s: float, protocol: str
             results[LOOP] = loop_over(clients, draw_requests(looped, steps=[steps]))
         with Client(urls) as client:
             results[EVEN] = map_all(client, draw_requests(requests, steps=[steps]))
-        servers[-1].step_s = SLOWER * step_s
+        servers[-1].device = str(SLOWER * step_s)
         servers[-1].restart()
         with Client(urls) as client:
             results[UNEVEN] = map_all(client, draw_requests(requests, steps=[steps], seed=2))

@@ -16,7 +16,7 @@ from genserve_backend.errors import Cancelled
 from genserve_backend.flux.checkpoint import FluxCheckpoint
 from genserve_backend.flux.request import FluxRequest, parse
 from genserve_backend.settings import FluxSettings
-from simulated import STEP_ENV, repository
+from simulated import DEVICE_ENV, repository
 from simulated.load import draw_requests
 from simulated.picture import draw, expected_picture, shows
 from simulated.repository import SIMULATED_ENGINE, link_checkpoint, render
@@ -49,7 +49,7 @@ class Device(TurnedEngine):
 
 @pytest.fixture
 def device(sleeps: list[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Device:
-    monkeypatch.setenv(STEP_ENV, str(STEP_S))
+    monkeypatch.setenv(DEVICE_ENV, str(STEP_S))
     return Device(tmp_path)
 
 

@@ -85,7 +85,12 @@ class Slack:
         """Return the images that could not be finished by their own deadline on an idle device."""
         if not self._costs.are_known:
             return {}
-        times = {image: time_alone_s(image, self._costs) for image in images if image.has_own_deadline}
+        # By measured times only: a size that was refused by a wrong estimate would never be measured.
+        times = {
+            image: time_alone_s(image, self._costs)
+            for image in images
+            if image.has_own_deadline and self._costs.has_measured(image.batch_rows, image.tokens)
+        }
         return {image: seconds for image, seconds in times.items() if SURE * seconds > image.deadline - now}
 
     def _lead(
