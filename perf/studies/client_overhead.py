@@ -28,7 +28,7 @@ from rich import box
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.command import COUNT, SETTINGS, fail, judge, new_table, show
-from common.server import Addresses, own_server
+from genserve.serve.own_server import Addresses, own_server
 from genserve import AsyncClient, Client, GenServeError
 from genserve.serve.options import ServeError
 

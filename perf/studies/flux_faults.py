@@ -23,7 +23,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.command import SETTINGS, fail, show
-from common.server import own_server
+from genserve.serve.own_server import own_server
 from genserve import Client, GeneratedImage, GenServeError
 from genserve.serve.options import ServeError
 

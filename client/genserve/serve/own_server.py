@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TypeAlias
@@ -24,7 +24,12 @@ Addresses: TypeAlias = Mapping[str, str]
 
 @contextmanager
 def own_server(
-    models: tuple[str, ...], *, log: Path, environment: Mapping[str, str] | None = None
+    models: tuple[str, ...],
+    *,
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    options: Sequence[str] = (),
+    timeout_s: float | None = None,
 ) -> Iterator[Addresses]:
     """Serve on free ports inside the block; the server stops at its end, also after an error.
 
@@ -32,19 +37,21 @@ def own_server(
         models: Models to serve.
         log: File that the server's log is copied to: its own folder is temporary.
         environment: Variables in addition to this process's own.
+        options: Further options of `genserve serve`.
+        timeout_s: Seconds until the server has to be ready.
 
     Raises:
-        ServeError: The server did not become ready.
+        ServeError: The server did not become ready, or not in time.
     """
     http_port, grpc_port, metrics_port = free_ports(3)
     command = ["serve", "--detach", "--http-port", str(http_port), "--grpc-port", str(grpc_port)]
     command += ["--metrics-port", str(metrics_port), *(word for model in models for word in ("--model", model))]
-    with tempfile.TemporaryDirectory(prefix="genserve-perf-") as state:
+    with tempfile.TemporaryDirectory(prefix="genserve-own-") as state:
         errors = Path(state) / "errors.txt"
         with errors.open("wb") as file:
-            starter = _genserve(command, state, errors=file, environment=environment)
+            starter = _genserve([*command, *options], state, errors=file, environment=environment)
         try:
-            if starter.wait():
+            if _wait(starter, timeout_s):
                 raise ServeError(f"the server did not start: {_last_line(errors)}; its log is {log}")
             ports = {"grpc": grpc_port, "http": http_port, "metrics": metrics_port}
             yield {name: f"127.0.0.1:{port}" for name, port in ports.items()}
@@ -52,6 +59,13 @@ def own_server(
             _stop(http_port, state, starter)
             for written in Path(state).rglob("server.log"):
                 shutil.copy(written, log)
+
+
+def _wait(starter: Process, timeout_s: float | None) -> int:
+    try:
+        return starter.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        raise ServeError(f"the server was not ready within {timeout_s:.0f} s") from None
 
 
 def _last_line(errors: Path) -> str:
