@@ -30,30 +30,19 @@ INTERRUPTED = 130
 """Exit status after Ctrl-C and SIGTERM."""
 
 
-class Duration(click.ParamType):
-    """Time as 90, 90s, 20m or 1.5h, in seconds."""
-
-    name = "duration"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """Return seconds."""
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", str(value))
-        if not found or not (seconds := float(found[1]) * SECONDS[found[2]]):
-            self.fail(f"{value!r}; allowed: a time as 90s, 20m or 1.5h", param, ctx)
-        return seconds
+def _seconds(_: click.Context, __: click.Parameter, text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+    if not found or not (seconds := float(found[1]) * SECONDS[found[2]]):
+        raise click.BadParameter(f"{text!r}; allowed: a time as 90s, 20m or 1.5h")
+    return seconds
 
 
-class Size(click.ParamType):
-    """Width and height of an image as 1024x768, in pixels."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        """Return width and height."""
-        found = re.fullmatch(r"(\d+)x(\d+)", str(value))
+def _pixels(_: click.Context, __: click.Parameter, texts: tuple[str, ...]) -> tuple[tuple[int, int], ...]:
+    pairs = [re.fullmatch(r"(\d+)x(\d+)", text) for text in texts]
+    for text, found in zip(texts, pairs, strict=True):
         if not found:
-            self.fail(f"{value!r}; allowed: WIDTHxHEIGHT as in 1024x768", param, ctx)
-        return int(found[1]), int(found[2])
+            raise click.BadParameter(f"{text!r}; allowed: WIDTHxHEIGHT as in 1024x768")
+    return tuple((int(found[1]), int(found[2])) for found in pairs if found)
 
 
 @click.command(
@@ -66,7 +55,7 @@ class Size(click.ParamType):
     )
 )
 @click.option("--model", "models_", type=click.Choice(MODELS), multiple=True, help="Tune only this model. Repeatable.")
-@click.option("--budget", type=Duration(), default="20m", show_default=True, help="Time for everything.")
+@click.option("--budget", callback=_seconds, default="20m", show_default=True, help="Time for everything.")
 @click.option(
     "--for",
     "objective",
@@ -85,9 +74,10 @@ class Size(click.ParamType):
 @click.option(
     "--size",
     "sizes",
-    type=Size(),
+    callback=_pixels,
     multiple=True,
-    help="Size of the images; several take turns.  [default: checkpoint's]",
+    metavar="WxH",
+    help="Size of images; several take turns.  [default: the checkpoint's]",
 )
 @click.option("--steps", type=click.IntRange(1, 100), help="Steps of the images.  [default: the checkpoint's]")
 @click.option(
@@ -156,8 +146,7 @@ def tune(
     try:
         check_folder(output, force=force)
         loads = _loads(models_ or MODELS, explicit=bool(models_), **load_options)
-        models = [load.model for load in loads]
-        start = _start(models, (repository or default_repository()).absolute(), servers)
+        start = _start([load.model for load in loads], (repository or default_repository()).absolute(), servers)
         results, ended = _tune(loads, start, goal, options, budget=budget, began=began, quiet=as_json)
         if results:
             _write(output, results, start, goal, options)

@@ -136,7 +136,7 @@ def as_json(result: Result, goal: Goal) -> dict[str, Any]:
     }
 
 
-def _sample_json(sample: Sample | None) -> dict[str, float | None]:
+def _sample_json(sample: Sample | None) -> dict[str, Any]:
     if sample is None:
         return {"per_second": None, "p50_s": None, "p95_s": None, "p99_s": None}
     return {"per_second": sample.rate} | {f"p{percent}_s": sample.percentile(percent) for percent in (50, 95, 99)}

@@ -113,6 +113,7 @@ def tune_model(
                 lambda values: start.settings(model, values, names),
                 look_at(bench.instances, start),
                 demand_of(load, FluxCheckpoint.load(settings.model_path).native_size if model == "flux" else 0),
+                before=before,
                 lossy=goal.lossy,
             )
             search = Search(

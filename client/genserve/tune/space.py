@@ -85,21 +85,30 @@ class Space:
         settings: Parses the settings with some values. Raises ServeError if they do not go together.
         machine: The devices.
         demand: The load.
+        before: The values in force at the start: the default of each is tried first.
         lossy: Try settings that change images or scores a little.
     """
 
     def __init__(
-        self, model: str, settings: Callable[[Values], ModelSettings], machine: Machine, demand: Demand, *, lossy: bool
+        self,
+        model: str,
+        settings: Callable[[Values], ModelSettings],
+        machine: Machine,
+        demand: Demand,
+        *,
+        before: Values,
+        lossy: bool,
     ) -> None:
         self._model = model
         self._settings = settings
         self._machine = machine
         self._demand = demand
+        self._before = before
         self._lossy = lossy
 
     def changes(self, values: Values) -> list[Change]:
         """Return the changes to try from these values, the most promising first."""
-        found = [Change({name: None}) for name in tuned(self._model, lossy=self._lossy) if name in values]
+        found = [Change({name: None}) for name, value in self._before.items() if values.get(name) == value]
         settings = self._settings(values)
         if isinstance(settings, FluxSettings):
             found += self._flux(settings, values)
