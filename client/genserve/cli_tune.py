@@ -133,6 +133,8 @@ def tune(
     """
     if load_options["rate"] and objective != "latency":
         raise click.UsageError("--rate fixes the throughput; it goes with --for latency.")
+    if len(servers.urls) > 1:
+        raise click.UsageError("--url names one server, whose settings are the start.")
     from genserve.serve.options import ServeError, default_repository
     from genserve.tune.files import check_folder
     from genserve.tune.run import Goal

@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from genserve.aio import AsyncClient
 from genserve.background import LOOP
 from genserve.client import Client
 from genserve.errors import GenServeError
@@ -28,6 +29,8 @@ WARM_UP = 10**9
 MEMORY_RESERVE = 1.25
 """Memory for another server, as a multiple of what the first one's instances take."""
 LOOK_S = 30.0
+ANSWER_S = 60.0
+"""Seconds by which a request may outlast its block: the block ends it."""
 KEPT_FIGURES = 3
 """Starts that the estimate of the next one looks at."""
 
@@ -185,4 +188,8 @@ class Bench:
             raise TrialFailed(f"{type(error).__name__}: {error}") from None
 
     def _drive(self, running: Running, requests: Sequence[Arguments], limit_s: float) -> Sample:
-        return LOOP.run(drive(running.address, self._load, requests, limit_s=limit_s))
+        async def measure() -> Sample:
+            async with AsyncClient(running.address, timeout=limit_s + ANSWER_S) as client:
+                return await drive(client, self._load, requests, limit_s=limit_s)
+
+        return LOOP.run(measure())

@@ -173,13 +173,13 @@ def units_of(model: str, arguments: Arguments) -> int:
     return len(arguments["documents"]) if model == "rerank" else 1
 
 
-async def drive(address: str, load: Load, requests: Sequence[Arguments], *, limit_s: float) -> Sample:
+async def drive(client: AsyncClient, load: Load, requests: Sequence[Arguments], *, limit_s: float) -> Sample:
     """Send requests to a server and measure them.
 
     At the limit, the block ends with what has been answered; requests that have not count with their age.
 
     Args:
-        address: The server.
+        client: Client of the server; its timeout is above the limit.
         load: Decides how the requests follow each other.
         requests: The block's requests.
         limit_s: Time limit of the block, in seconds.
@@ -188,14 +188,13 @@ async def drive(address: str, load: Load, requests: Sequence[Arguments], *, limi
         TrialFailed: A request failed, or none was answered before the limit.
     """
     run = _Run(load, limit_s)
-    async with AsyncClient(address, timeout=limit_s + 60.0) as client:
-        work = asyncio.ensure_future(run.paced(client, requests) if load.rate else run.closed(client, requests))
-        try:
-            await asyncio.wait({work}, timeout=limit_s)
-            ended = work.done()
-        finally:
-            work.cancel()
-            await asyncio.wait({work})
+    work = asyncio.ensure_future(run.paced(client, requests) if load.rate else run.closed(client, requests))
+    try:
+        await asyncio.wait({work}, timeout=limit_s)
+        ended = work.done()
+    finally:
+        work.cancel()
+        await asyncio.wait({work})
     if ended and not work.cancelled() and (error := work.exception()):
         if isinstance(error, GenServeError):
             raise TrialFailed(" ".join(f"{type(error).__name__}: {error}".split())) from None

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from genserve.tune.load import UNITS, Sample
 from genserve.tune.run import Goal, Result
@@ -21,14 +22,14 @@ HEADINGS = ("Setting", "Value", "Rate", "p95, s", "Gain", "Verdict")
 
 def print_table(result: Result, goal: Goal) -> None:
     """Print all trials of a model, and the summary."""
-    table = Table(title=f"{result.load.model}: {result.load.description}", title_justify="left")
+    table = Table()
     for heading in HEADINGS:
         table.add_column(heading, justify="right" if heading in {"Rate", "p95, s"} else "left", overflow="fold")
     for row in _rows(result.load.model, result.outcome):
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # Text: a reason may have brackets, which are no markup
     console = Console()
     console.width = max(console.width, WIDTH)
-    console.print(table, markup=False)
+    console.print(table)
     for line in summary(result, goal):
         console.print(line, markup=False, highlight=False)
 
@@ -84,7 +85,8 @@ def _result(outcome: Outcome) -> str:
         kept = "the defaults are written" if not outcome.best else f"those before are kept, {best}"
         return f"the fresh run did not confirm {_shown_in_line(outcome.found)}; {kept}"
     if outcome.best == outcome.before:
-        return f"no change gained beyond noise; {best} stay" if not outcome.best else f"nothing beat {best}"
+        measured = sum(trial.gain is not None for trial in outcome.trials)
+        return f"no change gained beyond noise, of {measured} that were measured; {best} stay"
     return best if outcome.confirmed else f"{best}, not confirmed by a fresh run"
 
 
