@@ -26,7 +26,8 @@ IN_FLIGHT = {"flux": 8, "rerank": 4}
 CLOSE_S = 15.0
 """Seconds of the budget in which the last servers stop and the files are written."""
 SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
-INTERRUPTED = 130
+INTERRUPTED = "interrupted"
+INTERRUPTED_STATUS = 130
 """Exit status after Ctrl-C and SIGTERM."""
 
 
@@ -138,7 +139,6 @@ def tune(
     from genserve.serve.options import ServeError, default_repository
     from genserve.tune.files import check_folder
     from genserve.tune.run import Goal
-    from genserve.tune.search import TuneError
 
     began = time.monotonic()
     goal = Goal(objective, percentile, margin / 100, lossy)
@@ -149,10 +149,10 @@ def tune(
         check_folder(output, force=force)
         loads = _loads(models_ or MODELS, explicit=bool(models_), **load_options)
         start = _start([load.model for load in loads], (repository or default_repository()).absolute(), servers)
-        results, ended = _tune(loads, start, goal, options, budget=budget, began=began, quiet=as_json)
+        results, ended = _tune(loads, start, goal, options, end=began + budget - CLOSE_S, began=began, quiet=as_json)
         if results:
             _write(output, results, start, goal, options)
-    except (ServeError, TuneError) as error:
+    except ServeError as error:
         fail(str(error))
     if as_json:
         from genserve.tune.report import as_json as json_of
@@ -164,9 +164,11 @@ def tune(
         )
     elif results:
         click.echo(f"wrote {output / _names()[0]} and {output / _names()[1]} after {time.monotonic() - began:.0f} s")
+    if ended == INTERRUPTED:
+        click.echo(f"genserve: {INTERRUPTED}" + ("" if results else ": nothing was measured yet"), err=True)
+        sys.exit(INTERRUPTED_STATUS)
     if ended:
-        click.echo("genserve: interrupted" + ("" if results else ": nothing was measured yet"), err=True)
-        sys.exit(INTERRUPTED)
+        fail(ended)
 
 
 def _names() -> tuple[str, str]:
@@ -216,34 +218,40 @@ def _start(models: list[str], repository: Path, servers: Servers) -> Start:
 
 
 def _tune(
-    loads: list[Load], start: Start, goal: Goal, options: list[str], *, budget: float, began: float, quiet: bool
-) -> tuple[list[Result], bool]:
-    """Tune one model after the other. Return the results, and whether a signal ended it."""
+    loads: list[Load], start: Start, goal: Goal, options: list[str], *, end: float, began: float, quiet: bool
+) -> tuple[list[Result], str]:
+    """Tune one model after the other. Return the results, and the reason why there are fewer than loads, else empty."""
+    from genserve.serve.options import ServeError
     from genserve.tune.interrupts import Interrupts
     from genserve.tune.report import print_table
     from genserve.tune.run import tune_model
+    from genserve.tune.search import TuneError
 
     def say(line: str) -> None:
         click.echo(f"{time.monotonic() - began:5.0f} s  {line}", err=True)
 
     results: list[Result] = []
-    end = began + budget - CLOSE_S
+    problems: list[str] = []
     with Interrupts() as interrupts:
         try:
             for index, load in enumerate(loads):
-                share = (end - time.monotonic()) / (len(loads) - index)
-                deadline = time.monotonic() + share
-                result = tune_model(
-                    load, start, goal, options=options, deadline=deadline, interrupts=interrupts, say=say
-                )
+                now = time.monotonic()
+                deadline = now + (end - now) / (len(loads) - index)
+                try:
+                    result = tune_model(
+                        load, start, goal, options=options, deadline=deadline, interrupts=interrupts, say=say
+                    )
+                except (ServeError, TuneError) as error:
+                    problems.append(str(error))
+                    continue
                 results.append(result)
                 if not quiet:
                     print_table(result, goal)
-                if result.outcome.ended == "interrupted":
-                    return results, True
+                if result.outcome.ended == INTERRUPTED:
+                    return results, INTERRUPTED
         except KeyboardInterrupt:
-            return results, True
-    return results, False
+            return results, INTERRUPTED
+    return results, "; ".join(problems)
 
 
 def _write(output: Path, results: list[Result], start: Start, goal: Goal, options: list[str]) -> None:

@@ -36,7 +36,7 @@ def tuned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Load, dict[str, Any]]]:
         name = {"flux": "FLUX_WORKERS", "rerank": "WORKERS"}[load.model]
         outcome = Outcome({}, {name: "2"}, {name: "2"}, SAMPLE)
         outcome.trials = [Trial(Change({name: "2"}), "adopted", GAIN, SAMPLE)]
-        outcome.checks = [Check("before", GAIN, holds=True, found=SAMPLE, other=SAMPLE)]
+        outcome.checks = [Check({name: "2"}, "before", GAIN, holds=True, found=SAMPLE, other=SAMPLE)]
         return Result(load, outcome, ("cpu",))
 
     monkeypatch.setattr(run_module, "tune_model", tune_model)
@@ -107,6 +107,22 @@ def test_settings_that_cannot_be_measured_are_one_line(
     assert result.exit_code == 1
     assert result.stderr == "genserve: flux: the settings in force cannot be measured: no checkpoint\n"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_model_that_cannot_be_measured_does_not_take_the_other_ones_result(
+    tuned: Any, invoke: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = run_module.tune_model
+
+    def tune_model(load: Load, *arguments: Any, **options: Any) -> Result:
+        if load.model == "rerank":
+            raise TuneError("rerank: no checkpoint")
+        return found(load, *arguments, **options)
+
+    monkeypatch.setattr(run_module, "tune_model", tune_model)
+    result = invoke()
+    assert (result.exit_code, result.stderr.splitlines()[-1]) == (1, "genserve: rerank: no checkpoint")
+    assert "FLUX_WORKERS=2" in (tmp_path / "genserve-tuned.env").read_text()
 
 
 def test_interruption_writes_what_was_found(

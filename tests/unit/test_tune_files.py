@@ -24,20 +24,21 @@ from genserve.types import InstanceLoad, Setting
 NOW = datetime(2030, 1, 2, 3, 4, tzinfo=timezone.utc)
 GOAL = Goal("throughput", 95, 0.02, lossy=False)
 GAIN = gain_of([(20.0, 25.0)] * 6)
+VALUES = {"MAX_NUM_SEQS": "32", "WORKERS": "2"}
 SAMPLE = Sample(10.0, 200, (0.1, 0.2))
 FOUND = Result(
     rerank_load(in_flight=4, documents=32, length=100),
     Outcome(
         before={"RERANK_THREADS": "1", "MAX_NUM_SEQS": "32"},
-        best={"MAX_NUM_SEQS": "32", "WORKERS": "2"},
-        found={"MAX_NUM_SEQS": "32", "WORKERS": "2"},
+        best=VALUES,
+        found=VALUES,
         base=SAMPLE,
         trials=[
             Trial(Change({"RERANK_THREADS": None}), "adopted", GAIN, SAMPLE),
             Trial(Change({"RERANK_COMPILE": "true"}), "failed", reason="[red]the worker died"),
             Trial(Change({"RERANK_DTYPE": "int8"}, "no VNNI"), "not tried", reason="no VNNI"),
         ],
-        checks=[Check("before", GAIN, holds=True, found=SAMPLE, other=SAMPLE)],
+        checks=[Check(VALUES, "before", GAIN, holds=True, found=SAMPLE, other=SAMPLE)],
     ),
     ("cpu",),
 )
@@ -121,16 +122,16 @@ def test_table_has_every_trial_with_its_verdict(capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("changed", "line"),
     [
-        ({}, "rerank: MAX_NUM_SEQS=32 WORKERS=2"),
+        ({}, "rerank: MAX_NUM_SEQS=32 WORKERS=2 are written"),
         (
             {"best": {}},
-            "rerank: the fresh run did not confirm MAX_NUM_SEQS=32 WORKERS=2; the defaults are written",
+            "rerank: MAX_NUM_SEQS=32 WORKERS=2 was not confirmed by a fresh run; the defaults are written",
         ),
         (
             {"best": {"RERANK_THREADS": "1"}},
-            "rerank: the fresh run did not confirm MAX_NUM_SEQS=32 WORKERS=2; those before are kept, RERANK_THREADS=1",
+            "rerank: MAX_NUM_SEQS=32 WORKERS=2 was not confirmed by a fresh run; RERANK_THREADS=1 stay",
         ),
-        ({"checks": []}, "rerank: MAX_NUM_SEQS=32 WORKERS=2, not confirmed by a fresh run"),
+        ({"checks": []}, "rerank: MAX_NUM_SEQS=32 WORKERS=2 are written, not confirmed by a fresh run"),
         (
             {"best": {}, "found": {}, "before": {}, "checks": []},
             "rerank: no change gained beyond noise, of 1 that were measured; the defaults stay",

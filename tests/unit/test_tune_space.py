@@ -117,7 +117,7 @@ def test_memory_and_the_compiler_limit_the_changes(offered: Any) -> None:
     assert workers["2"] is None
     assert workers["4"] == "4 instances need about 120.0 GiB, and the device has 80.0 GiB"
     bare = Machine("cpu", cores=4, default_threads=4, has_compiler=False)
-    assert refusals(offered("rerank", bare), "RERANK_COMPILE") == {"true": "there is no C++ compiler"}
+    assert refusals(offered("rerank", bare), "RERANK_COMPILE") == {"true": "there is no C or C++ compiler"}
 
 
 def test_settings_that_exclude_each_other_are_not_offered(offered: Any) -> None:

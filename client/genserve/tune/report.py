@@ -17,15 +17,15 @@ from genserve.tune.space import tuned
 
 WIDTH = 120
 """Characters of a table, at least: a pipe or a narrow terminal would cut the headings."""
-HEADINGS = ("Setting", "Value", "Rate", "p95, s", "Gain", "Verdict")
 
 
 def print_table(result: Result, goal: Goal) -> None:
     """Print all trials of a model, and the summary."""
     table = Table()
-    for heading in HEADINGS:
-        table.add_column(heading, justify="right" if heading in {"Rate", "p95, s"} else "left", overflow="fold")
-    for row in _rows(result.load.model, result.outcome):
+    percentile = f"p{goal.percent:g}, s"
+    for heading in ("Setting", "Value", "Rate", percentile, "Gain", "Verdict"):
+        table.add_column(heading, justify="right" if heading in {"Rate", percentile} else "left", overflow="fold")
+    for row in _rows(result, goal):
         table.add_row(*map(Text, row))  # Text: a reason may have brackets, which are no markup
     console = Console()
     console.width = max(console.width, WIDTH)
@@ -34,27 +34,32 @@ def print_table(result: Result, goal: Goal) -> None:
         console.print(line, markup=False, highlight=False)
 
 
-def _rows(model: str, outcome: Outcome) -> Iterator[tuple[str, ...]]:
-    unit = UNITS[model]
+def _rows(result: Result, goal: Goal) -> Iterator[tuple[str, ...]]:
+    outcome, unit = result.outcome, UNITS[result.load.model]
+
+    def figures(sample: Sample | None) -> tuple[str, str]:
+        return (f"{sample.rate:.2f} {unit}/s", f"{sample.percentile(goal.percent):.3f}") if sample else ("", "")
+
     if outcome.base:
-        yield "in force", _shown(outcome.before), *_figures(outcome.base, unit), "", ""
+        yield "in force", _shown(outcome.before), *figures(outcome.base), "", ""
     for trial in outcome.trials:
         names = "\n".join(trial.change.variables)
         values = "\n".join("default" if value is None else value for value in trial.change.variables.values())
-        figures = _figures(trial.sample, unit) if trial.sample else ("", "")
         gain = show_gain(trial.gain) if trial.gain else ""
-        yield names, values, *figures, gain, f"{trial.verdict}: {trial.reason}" if trial.reason else trial.verdict
+        yield (
+            names,
+            values,
+            *figures(trial.sample),
+            gain,
+            f"{trial.verdict}: {trial.reason}" if trial.reason else trial.verdict,
+        )
     for check in outcome.checks:
         against = f"found, against {NAMES[check.against]}"
-        yield against, "fresh run", *_figures(check.found, unit), show_gain(check.gain), _judged(check)
+        yield against, "fresh run", *figures(check.found), show_gain(check.gain), _judged(check)
 
 
 def _shown(values: Mapping[str, str]) -> str:
     return "\n".join(f"{name}={value}" for name, value in values.items()) or "the defaults"
-
-
-def _figures(sample: Sample, unit: str) -> tuple[str, str]:
-    return f"{sample.rate:.2f} {unit}/s", f"{sample.percentile(95):.3f}"
 
 
 def _judged(check: Check) -> str:
@@ -69,7 +74,7 @@ def summary(result: Result, goal: Goal) -> list[str]:
     measure = "throughput" if goal.objective == "throughput" else f"p{goal.percent:g} latency"
     lines = [f"{model}: {measure} of {result.load.description}"]
     lines += [
-        f"{model}: {_shown_in_line(outcome.found)} against {NAMES[check.against]}: {show_gain(check.gain)}"
+        f"{model}: {_shown_in_line(check.values)} against {NAMES[check.against]}: {show_gain(check.gain)}"
         f" in {check.gain.pairs} pairs on fresh servers, {_judged(check)}"
         for check in outcome.checks
     ]
@@ -82,12 +87,12 @@ def summary(result: Result, goal: Goal) -> list[str]:
 def _result(outcome: Outcome) -> str:
     best = _shown_in_line(outcome.best)
     if outcome.best != outcome.found:
-        kept = "the defaults are written" if not outcome.best else f"those before are kept, {best}"
-        return f"the fresh run did not confirm {_shown_in_line(outcome.found)}; {kept}"
+        kept = "the defaults are written" if not outcome.best else f"{best} stay"
+        return f"{_shown_in_line(outcome.found)} was not confirmed by a fresh run; {kept}"
     if outcome.best == outcome.before:
         measured = sum(trial.gain is not None for trial in outcome.trials)
         return f"no change gained beyond noise, of {measured} that were measured; {best} stay"
-    return best if outcome.confirmed else f"{best}, not confirmed by a fresh run"
+    return f"{best} are written" if outcome.confirmed else f"{best} are written, not confirmed by a fresh run"
 
 
 def _shown_in_line(values: Mapping[str, str]) -> str:

@@ -28,7 +28,9 @@ BLOCKS = 120
 """Blocks that the budget has room for, if it had to pay for nothing else."""
 BLOCK_S = 1.5, 15.0
 """Shortest and longest block, in seconds. A block has two rounds of requests, however long they take."""
-COMPILERS = ("g++", "c++", "clang++")
+CPU_COMPILERS = ("g++", "c++", "clang++")
+GPU_COMPILERS = ("gcc", "cc", "clang")
+"""Compilers of what torch.compile writes, by device: Triton's language has one of its own, and needs one in C."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ def look_at(instances: Sequence[InstanceLoad], start: Start) -> Machine:
         total_bytes=instances[0].memory_total if instances else None,
         capability=gpus[device].capability if device in gpus else None,
         has_int8=has_int8(device),
-        has_compiler=any(shutil.which(name) for name in COMPILERS),
+        has_compiler=any(shutil.which(name) for name in (CPU_COMPILERS if device == "cpu" else GPU_COMPILERS)),
     )
 
 

@@ -77,6 +77,7 @@ class Check:
     """Comparison of the settings that were found with others, on servers that were started for it.
 
     Attributes:
+        values: The settings that were found, or those before if an earlier comparison has ruled out the former.
         against: The others: ``before``, the configuration in force, or ``defaults``.
         gain: Gain of the settings that were found.
         holds: True if it shows a gain over those before, or against the defaults no loss beyond the margin.
@@ -84,6 +85,7 @@ class Check:
         other: All blocks of the others.
     """
 
+    values: Values
     against: Literal["before", "defaults"]
     gain: Gain
     holds: bool
@@ -307,7 +309,7 @@ class Search:
         gain = gain_of([(self._speed(old), self._speed(new)) for old, new in pairs])
         holds = gain.low is not None and gain.low > (0.0 if against == "before" else -self._margin)
         olds, news = zip(*pairs, strict=True)
-        return Check(against, gain, holds, together(news), together(olds))
+        return Check(found, against, gain, holds, together(news), together(olds))
 
     def _confirming_s(self, before: Values, found: Values) -> float:
         others = 1 + ({} not in (before, found))

@@ -42,7 +42,7 @@ class Machine:
         total_bytes: Memory of a device.
         capability: A GPU's compute capability.
         has_int8: True for a CPU that has VNNI.
-        has_compiler: True if there is a C++ compiler.
+        has_compiler: True if there is a compiler for compiled code.
     """
 
     device: str
@@ -193,7 +193,7 @@ class Space:
                 yield Change({name: None if value == default else str(value)})
 
     def _compiled(self, name: str) -> Change:
-        return Change({name: "true"}, None if self._machine.has_compiler else "there is no C++ compiler")
+        return Change({name: "true"}, None if self._machine.has_compiler else "there is no C or C++ compiler")
 
     def _refusal(self, dtype: Any) -> str | None:
         """Return the reason why the device cannot run a dtype, None if it can."""
