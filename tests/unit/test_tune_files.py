@@ -136,8 +136,9 @@ def test_table_has_every_trial_with_its_verdict(capsys: pytest.CaptureFixture[st
             {"best": {}, "found": {}, "before": {}, "checks": []},
             "rerank: no change gained beyond noise, of 1 that were measured; the defaults stay",
         ),
+        ({"best": {}, "found": {}, "before": {}, "trials": []}, "rerank: no change was measured; the defaults stay"),
     ],
-    ids=["confirmed", "refuted", "kept", "interrupted", "nothing"],
+    ids=["confirmed", "refuted", "kept", "interrupted", "nothing", "no-time"],
 )
 def test_summary_says_what_the_files_have(changed: dict[str, object], line: str) -> None:
     result = replace(FOUND, outcome=replace(FOUND.outcome, **changed))  # type: ignore[arg-type]

@@ -91,7 +91,10 @@ def _result(outcome: Outcome) -> str:
         return f"{_shown_in_line(outcome.found)} was not confirmed by a fresh run; {kept}"
     if outcome.best == outcome.before:
         measured = sum(trial.gain is not None for trial in outcome.trials)
-        return f"no change gained beyond noise, of {measured} that were measured; {best} stay"
+        found = (
+            f"no change gained beyond noise, of {measured} that were measured" if measured else "no change was measured"
+        )
+        return f"{found}; {best} stay"
     return f"{best} are written" if outcome.confirmed else f"{best} are written, not confirmed by a fresh run"
 
 

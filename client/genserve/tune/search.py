@@ -299,6 +299,8 @@ class Search:
         for count in range(CONFIRMING_PAIRS):
             left = self._left()
             if left < self._bench.seconds(1, starts=0 if count else 2):
+                if count >= FEWEST_PAIRS:
+                    break
                 raise OutOfTime
             try:
                 pairs.append(self._pair(other, found, count, start_s=left))
