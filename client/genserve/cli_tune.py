@@ -6,6 +6,7 @@ import json
 import re
 import sys
 import time
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from genserve.tune.load import Load
     from genserve.tune.run import Goal, Result
     from genserve.tune.start import Start
+    from genserve.types import InstanceLoad, Setting
 
 MODELS = ("flux", "rerank")
 IN_FLIGHT = {"flux": 8, "rerank": 4}
@@ -147,8 +149,9 @@ def tune(
         options += ["--repository", str(repository.absolute())]
     try:
         check_folder(output, force=force)
-        loads = _loads(models_ or MODELS, explicit=bool(models_), **load_options)
-        start = _start([load.model for load in loads], (repository or default_repository()).absolute(), servers)
+        running = _Running.ask(servers) if servers.are_given else None
+        loads = _loads(models_ or (running.models if running else MODELS), explicit=bool(models_), **load_options)
+        start = _start([load.model for load in loads], (repository or default_repository()).absolute(), running)
         results, ended = _tune(loads, start, goal, options, end=began + budget - CLOSE_S, began=began, quiet=as_json)
         if results:
             _write(output, results, start, goal, options)
@@ -202,19 +205,37 @@ def _loads(models: tuple[str, ...], *, explicit: bool, tasks: Path | None, **opt
         elif explicit:
             fail(f"{tasks} has no task for {model}")
     if not found:
-        fail(f"{tasks} has no tasks")
+        fail(f"{tasks} has no tasks" if tasks else "the server has no model that can be tuned")
     return found
 
 
-def _start(models: list[str], repository: Path, servers: Servers) -> Start:
+@dataclass(frozen=True)
+class _Running:
+    """Running server that gives the start."""
+
+    settings: list[Setting]
+    instances: list[InstanceLoad]
+
+    @classmethod
+    def ask(cls, servers: Servers) -> _Running:
+        """Ask the server."""
+        with servers.client() as client:
+            running = cls(client.config(), client.gpu_load())
+        click.echo("the server at --url keeps running; do not load it meanwhile", err=True)
+        return running
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Its models that can be tuned."""
+        return tuple(model for model in MODELS if any(each.model == model for each in self.instances))
+
+
+def _start(models: list[str], repository: Path, running: _Running | None) -> Start:
     from genserve.tune.start import from_environment, from_server
 
-    if not servers.are_given:
+    if running is None:
         return from_environment(models, repository)
-    with servers.client() as client:
-        settings, instances = client.config(), client.gpu_load()
-    click.echo("the server at --url keeps running: without requests, please, and with memory left for others", err=True)
-    return from_server(models, repository, settings, instances)
+    return from_server(models, repository, running.settings, running.instances)
 
 
 def _tune(

@@ -8,19 +8,24 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
+from fake_servers import FakeServer
 
 from genserve.cli import main
+from genserve.protocol import Call, Outputs
 from genserve.tune import run as run_module
 from genserve.tune.gain import gain_of
 from genserve.tune.interrupts import Interrupts
 from genserve.tune.load import Load, Sample
 from genserve.tune.run import Result
 from genserve.tune.search import Change, Check, Outcome, Trial, TuneError
+from genserve.types import InstanceLoad, Setting
 
 GAIN = gain_of([(20.0, 25.0)] * 6)
 SAMPLE = Sample(10.0, 200, (0.1, 0.2))
@@ -85,6 +90,43 @@ def test_tasks_of_a_file_select_the_models(tuned: Any, invoke: Any, tmp_path: Pa
     assert [load.model for load, _ in tuned] == ["rerank"]
     result = invoke("--tasks", str(tasks), "--model", "flux", "--force")
     assert (result.exit_code, result.stderr) == (1, f"genserve: {tasks} has no task for flux\n")
+
+
+class RunningServer(FakeServer):
+    """A server with a reranker of two instances and one setting."""
+
+    async def infer(self, call: Call, timeout_s: float) -> Outputs:
+        records: dict[bytes, list[Any]] = {
+            b"load": [
+                InstanceLoad(f"rerank_0_{index}", "rerank", "cpu", None, 0, 0, 1, 1, 1, ready=True)
+                for index in range(2)
+            ],
+            b"config": [
+                Setting("rerank", "model_path", self.url, "config.pbtxt"),
+                Setting("rerank", "max_num_seqs", 64, "environment MAX_NUM_SEQS"),
+            ],
+        }
+        items = [asdict(each) for each in records[call.inputs["ACTION"].item()]]
+        for item in items:
+            del item["url"]
+        return {"TASK": np.array([json.dumps(items).encode()], object), "PREVIEW": np.array([b""], object)}
+
+
+def test_running_server_gives_its_models_and_settings(
+    tuned: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MAX_NUM_SEQS", "8")
+    server = RunningServer(str(tmp_path))
+    result = CliRunner().invoke(main, ["tune", "--url", "a:1"], prog_name="genserve", obj=server)
+    assert result.exit_code == 0, result.output
+    ((load, options),) = tuned
+    assert load.model == "rerank"
+    assert options["start"].environment == {
+        "MAX_NUM_SEQS": "64",
+        "RERANK_MODEL_PATH": str(tmp_path),
+        "WORKERS": "2",
+    }
 
 
 def test_existing_files_are_kept(tuned: Any, invoke: Any, tmp_path: Path) -> None:
