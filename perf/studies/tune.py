@@ -28,24 +28,32 @@ from genserve.tune.bench import Bench
 from genserve.tune.files import ENVIRONMENT_FILE
 from genserve.tune.gain import FEWEST_PAIRS, Gain, gain_of
 from genserve.tune.interrupts import Interrupts
-from genserve.tune.load import Load, TrialFailed, rerank_load
+from genserve.tune.load import UNITS, Load, TrialFailed, image_load, rerank_load
 from genserve.tune.search import show_gain
 from genserve.tune.space import tuned
 
-MODEL = "rerank"
-IN_FLIGHT, DOCUMENTS, LENGTH = 4, 16, 60
-"""A lighter load than `genserve tune`'s own, so that a few minutes are enough."""
+LOADS = {
+    "flux": image_load(in_flight=8, sizes=[(128, 128)], steps=4),
+    "rerank": rerank_load(in_flight=4, documents=16, length=60),
+}
+"""Loads that are lighter than `genserve tune`'s own, so that a few minutes are enough."""
+OPTIONS = {
+    "flux": ("--in-flight", "8", "--size", "128x128", "--steps", "4"),
+    "rerank": ("--in-flight", "4", "--documents", "16", "--length", "60"),
+}
+"""The same loads, as options."""
+SAME = 0.05
+"""Loss in the mean up to which settings count as equally fast, if the interval reaches 0: they may be the same ones."""
 BLOCK_S = 3.0
 START_S = 120.0
 
 
-def run_tune(planted: str, value: str, budget_s: int, folder: Path) -> tuple[dict[str, Any], float]:
+def run_tune(model: str, planted: Mapping[str, str], budget_s: int, folder: Path) -> tuple[dict[str, Any], float]:
     """Run `genserve tune` with the planted setting; return what it prints, and its seconds."""
-    command = [sys.executable, "-m", "genserve", "tune", "--model", MODEL, "--budget", f"{budget_s}s"]
-    command += ["--in-flight", str(IN_FLIGHT), "--documents", str(DOCUMENTS), "--length", str(LENGTH)]
-    command += ["--output", str(folder), "--json"]
+    command = [sys.executable, "-m", "genserve", "tune", "--model", model, "--budget", f"{budget_s}s"]
+    command += [*OPTIONS[model], "--output", str(folder), "--json"]
     started = time.monotonic()
-    ended = subprocess.run(command, env={**os.environ, planted: value}, stdout=subprocess.PIPE, text=True, check=False)
+    ended = subprocess.run(command, env={**os.environ, **planted}, stdout=subprocess.PIPE, text=True, check=False)
     seconds = time.monotonic() - started
     if ended.returncode:
         raise ServeError(f"genserve tune ended with {ended.returncode}")
@@ -60,7 +68,7 @@ def written_settings(path: Path) -> dict[str, str]:
 
 def compare(load: Load, found: Mapping[str, str], pairs: int, log: Path) -> tuple[Gain, float, float]:
     """Measure servers with the found settings and with the defaults in turn; return the gain and both rates."""
-    names = tuned(MODEL, lossy=False)
+    names = tuned(load.model, lossy=False)
     values = {name: found[name] for name in names if name in found}
     rates: list[tuple[float, float]] = []
     with Interrupts() as interrupts:
@@ -82,23 +90,27 @@ def compare(load: Load, found: Mapping[str, str], pairs: int, log: Path) -> tupl
 
 
 @click.command(context_settings=SETTINGS)
-@click.option("--planted", default="RERANK_THREADS=1", show_default=True, help="The bad setting, as NAME=VALUE.")
+@click.option("--planted", default="FLUX_MAX_RUNNING=1", show_default=True, help="The bad setting, as NAME=VALUE.")
 @click.option("--budget", type=COUNT, default=300, show_default=True, help="Seconds for `genserve tune`.")
 @click.option("--pairs", type=click.IntRange(FEWEST_PAIRS, 16), default=8, show_default=True)
 @click.option("--check", is_flag=True, help="Fail if a promise does not hold.")
 def main(planted: str, budget: int, pairs: int, check: bool) -> None:
     """Run `genserve tune` with a planted bad setting, and measure what it has written."""
     name, _, value = planted.partition("=")
-    load = rerank_load(in_flight=IN_FLIGHT, documents=DOCUMENTS, length=LENGTH)
+    models = [model for model in LOADS if name in tuned(model, lossy=False)]
+    if not models:
+        raise click.BadParameter(f"{name} is not tuned", param_hint="--planted")
+    load = LOADS[models[0]]
     try:
         with tempfile.TemporaryDirectory(prefix="genserve-study-") as temporary:
             folder = Path(temporary)
-            result, seconds = run_tune(name, value, budget, folder)
+            result, seconds = run_tune(load.model, {name: value}, budget, folder)
             found = written_settings(folder / ENVIRONMENT_FILE)
             gain, defaults, tuned_rate = compare(load, found, pairs, folder / "server.log")
     except (ServeError, TrialFailed) as error:
         fail(error)
-    drawn = new_table("Change", "Documents/s", "p95, s", "Gain", "Verdict")
+    unit = UNITS[load.model]
+    drawn = new_table("Change", f"{unit}/s", "p95, s", "Gain", "Verdict")
     base = result["base"]
     drawn.add_row(f"in force: {planted}", f"{base['per_second']:.1f}", f"{base['p95_s']:.3f}", "", "")
     for trial in result["trials"]:
@@ -109,13 +121,11 @@ def main(planted: str, budget: int, pairs: int, check: bool) -> None:
     show(drawn, f"genserve tune took {seconds:.0f} s of {budget}")
     for line in result["summary"]:
         click.echo(line)
-    click.echo(
-        f"fresh run: {defaults:.1f} documents/s with the defaults, {tuned_rate:.1f} as written: {show_gain(gain)}"
-    )
+    click.echo(f"fresh run: {defaults:.1f} {unit}/s with the defaults, {tuned_rate:.1f} as written: {show_gain(gain)}")
     broken = [f"the budget of {budget} s was exceeded: {seconds:.0f} s"] if seconds > budget else []
     if found.get(name) == value or not result["confirmed"]:
         broken.append(f"{planted} was not found, or its removal was not confirmed")
-    if gain.high is None or gain.high < 0:
+    if gain.high is None or gain.high < 0 or gain.mean < -SAME:
         broken.append(f"the settings as written are slower than the defaults: {show_gain(gain)}")
     judge(broken, check=check)
 
