@@ -10,7 +10,7 @@ import pytest
 
 from genserve.tune.gain import FEWEST_PAIRS, TAIL, gain_of
 from genserve.tune.load import Sample, TrialFailed
-from genserve.tune.search import CONFIRMING_PAIRS, Change, Outcome, Search, TuneError, Values
+from genserve.tune.search import CONFIRMING_ROUNDS, Change, Outcome, Search, TuneError, Values
 
 START_S = 8.0
 BLOCK_S = 5.0
@@ -60,8 +60,8 @@ class SimulatedBench:
     def drop(self, values: Values) -> None:
         self.alive = [each for each in self.alive if each != values]
 
-    def seconds(self, pairs: int, *, starts: int) -> float:
-        return starts * START_S + 2 * pairs * BLOCK_S
+    def seconds(self, blocks: int, *, starts: int) -> float:
+        return starts * START_S + blocks * BLOCK_S
 
 
 def search(
@@ -146,7 +146,7 @@ def test_better_setting_is_found_and_confirmed_on_fresh_servers() -> None:
     assert outcome.best == {"WORKERS": "2"}
     assert outcome.confirmed
     (check,) = outcome.checks
-    assert check.gain.pairs == CONFIRMING_PAIRS
+    assert check.gain.pairs == CONFIRMING_ROUNDS
     assert check.gain.mean == pytest.approx(0.5, abs=0.05)
     assert bench.starts[-2:] == [{}, {"WORKERS": "2"}]
     assert bench.alive == []

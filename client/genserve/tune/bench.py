@@ -128,14 +128,14 @@ class Bench:
             for running in list(self._alive):
                 self.drop(running.values)
 
-    def seconds(self, pairs: int, *, starts: int) -> float:
-        """Return the time that pairs of blocks are expected to take, see `search.Bench`."""
+    def seconds(self, blocks: int, *, starts: int) -> float:
+        """Return the time that blocks of servers in turn are expected to take, see `search.Bench`."""
         restart_s = max(self._starts[-KEPT_FIGURES:], default=0.0) + self._stop_s
         block_s = statistics.median(self._blocks or [0.0])
         count = len(self.instances) // max(1, len({each.device for each in self.instances}))
         if not self._have_room(self.instances, count):
-            starts = max(starts, 2 * pairs)
-        return starts * restart_s + 2 * pairs * block_s
+            starts = max(starts, blocks)
+        return starts * restart_s + blocks * block_s
 
     def _have_room(self, instances: Sequence[InstanceLoad], count: int) -> bool:
         """Return whether devices have the memory for another server with `count` instances each, by what is free now.

@@ -16,7 +16,7 @@ Verdict = Literal["adopted", "no gain beyond noise", "worse", "failed", "not tri
 
 LOOKS = (FEWEST_PAIRS, 8)
 """Numbers of pairs after which a change may be adopted. The second one is for gains that are small or noisy."""
-CONFIRMING_PAIRS = 6
+CONFIRMING_ROUNDS = 6
 CLEARLY_WORSE = -0.15
 """Gain in the first pair at which a change is dropped at once."""
 SLOW = 3.0
@@ -140,8 +140,8 @@ class Bench(Protocol):
     def drop(self, values: Values) -> None:
         """Stop the server with these values."""
 
-    def seconds(self, pairs: int, *, starts: int) -> float:
-        """Return the time that so many pairs of blocks, with so many new servers, are expected to take."""
+    def seconds(self, blocks: int, *, starts: int) -> float:
+        """Return the time that so many blocks, of servers in turn and with so many new ones, are expected to take."""
 
 
 class Search:
@@ -208,7 +208,7 @@ class Search:
     def _measure_base(self, values: Values) -> Sample:
         left = self._left()
         try:
-            return self._block(values, start_s=left, block_s=left)
+            return self._bench.block(values, self._next_number(), start_s=left, block_s=left)
         except TrialFailed as error:
             raise TuneError(f"the settings in force cannot be measured: {error}") from None
 
@@ -223,7 +223,7 @@ class Search:
                 continue
             values = change.apply(outcome.found)
             results.append(values)
-            if self._left() < self._bench.seconds(LOOKS[0], starts=1) + self._confirming_s(outcome.before, values):
+            if self._left() < self._bench.seconds(2 * LOOKS[0], starts=1) + self._confirming_s(outcome.before, values):
                 outcome.ended = "the budget had no room for further changes"
                 return
             trial = self._try(outcome, change)
@@ -250,7 +250,7 @@ class Search:
         verdict: Verdict | None = None
         while verdict is None:
             left = self._left() - confirming_s
-            if left < self._bench.seconds(1, starts=0 if samples else 1):
+            if left < self._bench.seconds(2, starts=0 if samples else 1):
                 verdict = "no time left"
                 break
             try:
@@ -283,51 +283,66 @@ class Search:
         """Compare what was found with the values before, and with the defaults, on fresh servers."""
         found, before = outcome.found, outcome.before
         self._bench.drop(found)
-        if found != before:
-            check = self._check("before", found, before)
-            outcome.checks.append(check)
-            # The defaults need no reason to be written.
-            outcome.best = found if check.holds or not found else before
-        if outcome.best and before:
-            check = self._check("defaults", outcome.best, {})
-            outcome.checks.append(check)
-            outcome.best = outcome.best if check.holds else {}
+        sides = _distinct(before, found, {})
+        if len(sides) == 1:
+            return
+        self._say("comparing what was found with what was before and with the defaults, on fresh servers")
+        rounds = self._measure_in_turn(sides)
 
-    def _check(self, against: Literal["before", "defaults"], found: Values, other: Values) -> Check:
-        self._say(f"comparing the settings that were found with {NAMES[against]}, on fresh servers")
-        pairs = []
-        for count in range(CONFIRMING_PAIRS):
-            left = self._left()
-            if left < self._bench.seconds(1, starts=0 if count else 2):
+        def check(values: Values, against: Literal["before", "defaults"], other: Values, least: float) -> bool:
+            news, olds = ([each[sides.index(side)] for each in rounds] for side in (values, other))
+            gain = gain_of([(self._speed(old), self._speed(new)) for old, new in zip(olds, news, strict=True)])
+            holds = gain.low is not None and gain.low > least
+            outcome.checks.append(Check(values, against, gain, holds, together(news), together(olds)))
+            return holds
+
+        # The defaults need no reason to be written.
+        if found != before and (check(found, "before", before, 0.0) or not found):
+            outcome.best = found
+        if outcome.best and before and not check(outcome.best, "defaults", {}, -self._margin):
+            outcome.best = {}
+
+    def _measure_in_turn(self, sides: Sequence[Values]) -> list[list[Sample]]:
+        """Measure several values with the same requests, in the other order each time; return rounds of their samples.
+
+        Raises:
+            OutOfTime: There is no time for enough rounds.
+            TuneError: A server fails.
+        """
+        rounds: list[list[Sample]] = []
+        for count in range(CONFIRMING_ROUNDS):
+            if self._left() < self._bench.seconds(len(sides), starts=0 if count else len(sides)):
                 if count >= FEWEST_PAIRS:
                     break
                 raise OutOfTime
+            number = self._next_number()
+            order = range(len(sides)) if count % 2 == 0 else reversed(range(len(sides)))
             try:
-                pairs.append(self._pair(other, found, count, start_s=left))
+                samples = {
+                    index: self._bench.block(sides[index], number, start_s=self._left(), block_s=self._left())
+                    for index in order
+                }
             except TrialFailed as error:
-                raise TuneError(f"the settings that were found cannot be measured again: {error}") from None
-        self._bench.drop(other)
-        self._bench.drop(found)
-        gain = gain_of([(self._speed(old), self._speed(new)) for old, new in pairs])
-        holds = gain.low is not None and gain.low > (0.0 if against == "before" else -self._margin)
-        olds, news = zip(*pairs, strict=True)
-        return Check(found, against, gain, holds, together(news), together(olds))
+                raise TuneError(f"a server of the fresh run failed: {error}") from None
+            rounds.append([samples[index] for index in range(len(sides))])
+        for side in sides:
+            self._bench.drop(side)
+        return rounds
 
     def _confirming_s(self, before: Values, found: Values) -> float:
-        others = 1 + ({} not in (before, found))
-        return others * self._bench.seconds(CONFIRMING_PAIRS, starts=2)
+        sides = len(_distinct(before, found, {}))
+        return self._bench.seconds(CONFIRMING_ROUNDS * sides, starts=sides)
 
     def _pair(self, best: Values, values: Values, count: int, *, start_s: float) -> tuple[Sample, Sample]:
         """Measure both with the same requests, in the other order each time, so that a drift of the machine cancels."""
-        number = self._blocks
-        self._blocks += 1
+        number = self._next_number()
 
         def base() -> Sample:
             left = self._left()
             try:
                 sample = self._bench.block(best, number, start_s=left, block_s=left)
             except TrialFailed as error:
-                raise TuneError(f"settings failed that had worked before, or the defaults: {error}") from None
+                raise TuneError(f"the best settings so far failed: {error}") from None
             self._base_s = sample.seconds
             return sample
 
@@ -341,10 +356,9 @@ class Search:
         new = other()
         return base(), new
 
-    def _block(self, values: Values, *, start_s: float, block_s: float) -> Sample:
-        number = self._blocks
-        self._blocks += 1
-        return self._bench.block(values, number, start_s=start_s, block_s=block_s)
+    def _next_number(self) -> int:
+        number, self._blocks = self._blocks, self._blocks + 1
+        return number
 
     def _speed(self, sample: Sample) -> float:
         return sample.rate if self._objective == "throughput" else 1 / sample.percentile(self._percent)
@@ -354,6 +368,14 @@ class Search:
         if left <= 0:
             raise OutOfTime
         return left
+
+
+def _distinct(*values: Values) -> list[Values]:
+    found: list[Values] = []
+    for each in values:
+        if each not in found:
+            found.append(each)
+    return found
 
 
 NAMES = {"before": "those before", "defaults": "the defaults"}
