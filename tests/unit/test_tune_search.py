@@ -167,7 +167,6 @@ def test_noise_is_adopted_no_more_often_than_promised() -> None:
     assert len(trials) >= 200 * 6
     adopted = sum(trial.verdict == "adopted" for trial in trials)
     written = sum(bool(outcome.best) for outcome in outcomes)
-    print(adopted, len(trials), written)
     assert adopted <= 2 * TAIL * len(trials)
     assert written <= 200 * TAIL + 2 * 2.5
 

@@ -18,7 +18,7 @@ LOOKS = (FEWEST_PAIRS, 8)
 """Numbers of pairs after which a change may be adopted. The second one is for gains that are small or noisy."""
 CONFIRMING_ROUNDS = 6
 CLEARLY_WORSE = -0.15
-"""Gain in the first pair at which a change is dropped at once."""
+"""Gain below which a change is dropped at once, also after its first pair."""
 SLOW = 3.0
 """A block that takes so many times as long as the best one's is ended: no measurement is needed to drop its change."""
 SLOW_S = 5.0
@@ -208,9 +208,11 @@ class Search:
     def _measure_base(self, values: Values) -> Sample:
         left = self._left()
         try:
-            return self._bench.block(values, self._next_number(), start_s=left, block_s=left)
+            sample = self._bench.block(values, self._next_number(), start_s=left, block_s=left)
         except TrialFailed as error:
             raise TuneError(f"the settings in force cannot be measured: {error}") from None
+        self._base_s = sample.seconds
+        return sample
 
     def _climb(self, outcome: Outcome) -> None:
         """Try the changes until none is left, or the time that is left is needed to confirm what was found."""
@@ -268,11 +270,10 @@ class Search:
     def _judge(self, speeds: Sequence[tuple[float, float]]) -> Verdict | None:
         """Return the verdict on a change after some pairs, None if more are needed."""
         gain = gain_of(speeds)
-        is_worse = gain.mean < -self._margin and all(new < old for old, new in speeds)
-        if gain.pairs == 1:
-            return "worse" if gain.mean < CLEARLY_WORSE else None
-        if gain.mean <= 0 or (gain.pairs > 2 and gain.mean < self._margin):
-            return "worse" if is_worse else "no gain beyond noise"
+        if gain.mean < CLEARLY_WORSE:
+            return "worse"
+        if (gain.pairs > 1 and gain.mean <= 0) or (gain.pairs > 2 and gain.mean < self._margin):
+            return "no gain beyond noise"
         if gain.pairs not in LOOKS:
             return None
         if gain.low is not None and gain.low > self._margin:
@@ -350,10 +351,10 @@ class Search:
             limit = min(max(SLOW * self._base_s, SLOW_S), self._left())
             return self._bench.block(values, number, start_s=min(start_s, self._left()), block_s=limit)
 
-        if count % 2 == 0:
+        if count % 2:
             old = base()
             return old, other()
-        new = other()
+        new = other()  # first in the first pair: no start comes between its blocks
         return base(), new
 
     def _next_number(self) -> int:
