@@ -55,6 +55,35 @@ def test_settings_in_force_are_measured_and_written(tmp_path: Path) -> None:
     assert "MAX_NUM_SEQS=128" in (tmp_path / "genserve-tuned.env").read_text()
 
 
+def processes_below(folder: Path) -> list[psutil.Process]:
+    """Return the processes whose state is in a folder."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("GENSERVE_STATE_DIR", "").startswith(str(folder)):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+def test_sigterm_stops_the_servers(tmp_path: Path) -> None:
+    tune = subprocess.Popen(
+        [GENSERVE, "tune", "--model", "rerank", "-o", str(tmp_path / "found")],
+        env={**os.environ, "RERANK_MODEL_PATH": str(ROOT / "demo" / "rerank"), "TMPDIR": str(tmp_path)},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_until(lambda: len(processes_below(tmp_path)) > 1, what="a server to start")
+    tune.terminate()
+    _, errors = tune.communicate(timeout=60)
+    assert (tune.returncode, errors.splitlines()[-1]) == (130, "genserve: interrupted: nothing was measured yet")
+    wait_until(lambda: not processes_below(tmp_path), what="all processes to end")
+    assert list((tmp_path / "found").iterdir()) == []
+
+
 @pytest.mark.parametrize("stop_s", [0.0, 60.0], ids=["killed", "stopped"])
 def test_server_that_is_not_ready_in_time_leaves_nothing(
     stop_s: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

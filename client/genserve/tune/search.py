@@ -17,7 +17,7 @@ Verdict = Literal["adopted", "no gain beyond noise", "worse", "failed", "not tri
 LOOKS = (FEWEST_PAIRS, 8)
 """Numbers of pairs after which a change may be adopted. The second one is for gains that are small or noisy."""
 CONFIRMING_ROUNDS = 6
-CLEARLY_WORSE = -0.15
+CLEARLY_WORSE = -0.25
 """Gain below which a change is dropped at once, also after its first pair."""
 SLOW = 3.0
 """A block that takes so many times as long as the best one's is ended: no measurement is needed to drop its change."""
