@@ -156,7 +156,7 @@ def test_machine_follows_from_the_first_server(tmp_path: Path) -> None:
         InstanceLoad(f"flux_0_{index}", "flux", "cpu", None, 0, 0, used, 8 * GIB, 16 * GIB, ready=True)
         for index, used in enumerate((GIB, 2 * GIB))
     ]
-    machine = look_at(loads, Start({"OMP_NUM_THREADS": "1"}, tmp_path))
+    machine = look_at(loads, Start({"OMP_NUM_THREADS": "1"}, tmp_path), dtypes=False)
     assert (machine.device, machine.default_threads) == ("cpu", 1)
     assert (machine.instance_bytes, machine.total_bytes) == (2 * GIB, 16 * GIB)
-    assert look_at(loads, Start({}, tmp_path)).default_threads == machine.cores
+    assert look_at(loads, Start({}, tmp_path), dtypes=False).default_threads == machine.cores

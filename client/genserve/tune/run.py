@@ -113,7 +113,7 @@ def tune_model(
             space = Space(
                 model,
                 lambda values: start.settings(model, values, names),
-                look_at(bench.instances, start),
+                look_at(bench.instances, start, dtypes=goal.lossy),
                 demand_of(load, FluxCheckpoint.load(settings.model_path).native_size if model == "flux" else 0),
                 before=before,
                 lossy=goal.lossy,
@@ -133,14 +133,20 @@ def tune_model(
     return Result(load, outcome, tuple(dict.fromkeys(each.device for each in bench.instances)))
 
 
-def look_at(instances: Sequence[InstanceLoad], start: Start) -> Machine:
-    """Return the machine, by the instances of a server that runs on it."""
+def look_at(instances: Sequence[InstanceLoad], start: Start, *, dtypes: bool) -> Machine:
+    """Return the machine, by the instances of a server that runs on it.
+
+    Args:
+        instances: The instances.
+        start: The configuration in force.
+        dtypes: Find out which dtypes the devices have, which imports torch.
+    """
     device = instances[0].device if instances else "cpu"
     # Threads of one core share its arithmetic: more workers than cores gain nothing.
     cores = min(len(os.sched_getaffinity(0)), psutil.cpu_count(logical=False) or 1)
     given = start.environment.get(THREADS_VARIABLE, "").partition(",")[0]
     used = [each.memory_used for each in instances if each.memory_used]
-    gpus = {gpu.name: gpu for gpu in find_gpus()} if device != "cpu" else {}
+    gpus = {gpu.name: gpu for gpu in find_gpus()} if dtypes and device != "cpu" else {}
     return Machine(
         device=device,
         cores=cores,
@@ -148,7 +154,7 @@ def look_at(instances: Sequence[InstanceLoad], start: Start) -> Machine:
         instance_bytes=max(used, default=None),
         total_bytes=instances[0].memory_total if instances else None,
         capability=gpus[device].capability if device in gpus else None,
-        has_int8=has_int8(device),
+        has_int8=dtypes and has_int8(device),
         has_compiler=any(shutil.which(name) for name in (CPU_COMPILERS if device == "cpu" else GPU_COMPILERS)),
     )
 
