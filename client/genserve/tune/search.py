@@ -332,7 +332,7 @@ class Search:
 
     def _confirming_s(self, before: Values, found: Values) -> float:
         sides = len(_distinct(before, found, {}))
-        return self._bench.seconds(CONFIRMING_ROUNDS * sides, starts=sides)
+        return self._bench.seconds(FEWEST_PAIRS * sides, starts=sides)
 
     def _pair(self, best: Values, values: Values, count: int, *, start_s: float) -> tuple[Sample, Sample]:
         """Measure both with the same requests, in the other order each time, so that a drift of the machine cancels."""
