@@ -27,6 +27,8 @@ IN_FLIGHT = {"flux": 8, "rerank": 4}
 """Default number of requests in flight, by model."""
 CLOSE_S = 15.0
 """Seconds of the budget in which the last servers stop and the files are written."""
+LEAST_S = 60.0
+"""Least budget: the start of a server, and one measurement."""
 SECONDS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 INTERRUPTED = "interrupted"
 INTERRUPTED_STATUS = 130
@@ -35,8 +37,9 @@ INTERRUPTED_STATUS = 130
 
 def _seconds(_: click.Context, __: click.Parameter, text: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
-    if not found or not (seconds := float(found[1]) * SECONDS[found[2]]):
-        raise click.BadParameter(f"{text!r}; allowed: a time as 90s, 20m or 1.5h")
+    seconds = float(found[1]) * SECONDS[found[2]] if found else 0.0
+    if seconds < LEAST_S:
+        raise click.BadParameter(f"{text!r}; allowed: a time as 90s, 20m or 1.5h, at least {LEAST_S:g} s")
     return seconds
 
 

@@ -188,7 +188,7 @@ def test_interruption_writes_what_was_found(
     ("arguments", "message"),
     [
         (["--budget", "soon"], "allowed: a time as 90s, 20m or 1.5h"),
-        (["--budget", "0m"], "allowed: a time as 90s, 20m or 1.5h"),
+        (["--budget", "59"], "allowed: a time as 90s, 20m or 1.5h, at least 60 s"),
         (["--size", "64"], "allowed: WIDTHxHEIGHT as in 1024x768"),
         (["--rate", "2"], "it goes with --for latency"),
         (["--url", "a:1", "--url", "b:1"], "one server"),
