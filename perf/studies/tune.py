@@ -33,12 +33,12 @@ from genserve.tune.search import show_gain
 from genserve.tune.space import tuned
 
 LOADS = {
-    "flux": image_load(in_flight=8, sizes=[(128, 128)], steps=4),
+    "flux": image_load(in_flight=8, sizes=[(64, 64)], steps=4),
     "rerank": rerank_load(in_flight=4, documents=16, length=60),
 }
 """Loads that are lighter than `genserve tune`'s own, so that a few minutes are enough."""
 OPTIONS = {
-    "flux": ("--in-flight", "8", "--size", "128x128", "--steps", "4"),
+    "flux": ("--in-flight", "8", "--size", "64x64", "--steps", "4"),
     "rerank": ("--in-flight", "4", "--documents", "16", "--length", "60"),
 }
 """The same loads, as options."""
