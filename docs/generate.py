@@ -227,7 +227,7 @@ def settings(kind: type[ModelSettings], model: str | None) -> str:
     for name, meaning in meanings.items():
         field = kind.model_fields[name]
         env = next((str(mark) for mark in field.metadata if isinstance(mark, Env)), "")
-        if name == "model_path" and not env:
+        if name in {"model_path", "threads"} and not env:
             continue  # each model declares its own
         default = shipped[name].string_value if name in shipped else _default(field.default)
         rows.append((env, name, default, _allowed(field), meaning))

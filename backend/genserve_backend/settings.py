@@ -65,7 +65,7 @@ class ModelSettings(BaseModel):
     """The checkpoint folder; each model has its own environment variable for it."""
 
     threads: int = Field(default=0, ge=0, le=1024)
-    """CPU threads per worker; 0 selects torch's default."""
+    """CPU threads per worker; each model has its own environment variable for them."""
     start_timeout_s: float = Field(default=900.0, gt=0)
     """Time limit for loading the model, in seconds."""
     hang_timeout_s: Annotated[float, Env("HANG_TIMEOUT")] = Field(default=HANG_TIMEOUT_S, ge=2.0, le=86_400)
@@ -107,6 +107,8 @@ class FluxSettings(ModelSettings):
 
     model_path: Annotated[Path, Env("FLUX_MODEL_PATH")]
     """A FLUX checkpoint folder in diffusers format."""
+    threads: Annotated[int, Env("FLUX_THREADS")] = Field(default=0, ge=0, le=1024)
+    """CPU threads per worker; 0 selects torch's default, which OMP_NUM_THREADS sets."""
     lora_path: Annotated[Path | None, Env("LORA_PATH")] = None
     """The folder of LoRA adapters that requests can name: NAME.safetensors or NAME/pytorch_lora_weights.safetensors."""
     dtype: Annotated[FluxDType, Env("FLUX_DTYPE")] = "auto"
@@ -137,7 +139,7 @@ class FluxSettings(ModelSettings):
     classifier-free guidance counts twice. A single image may exceed the limit."""
     max_gpu_queue_size: Annotated[int, Env("MAX_GPU_QUEUE_SIZE")] = Field(default=4, ge=0, le=1000)
     """Requests that an instance holds in addition, so that an urgent one can preempt another one."""
-    max_padding: float | None = Field(default=None, ge=0, le=10)
+    max_padding: Annotated[float | None, Env("FLUX_MAX_PADDING")] = Field(default=None, ge=0, le=10)
     """Largest ratio of padding to an image's own tokens if sizes share a forward; 0 keeps sizes apart. The default is
     0.25 on a CPU, and 0 on a GPU and for int8: there, images differ more from those made alone if they are padded."""
     policy: Annotated[PolicyName, Env("FLUX_POLICY")] = "urgency"
@@ -209,6 +211,8 @@ class RerankSettings(ModelSettings):
     model_path: Annotated[Path, Env("RERANK_MODEL_PATH")]
     """A reranker folder in transformers or sentence-transformers format; or, with `model_size`, the parent of the
     Qwen3-Reranker folders."""
+    threads: Annotated[int, Env("RERANK_THREADS")] = Field(default=0, ge=0, le=1024)
+    """CPU threads per worker; 0 selects torch's default, which OMP_NUM_THREADS sets."""
     dtype: Annotated[RerankDType, Env("RERANK_DTYPE")] = "auto"
     """dtype of the weights; auto is bfloat16 on a GPU and float32 on a CPU. int8 is for CPUs: matrix products are in
     int8, everything else in float32."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from genserve import cli_calls, cli_gateway, cli_help, cli_inspect, cli_map, cli_serve
+from genserve import cli_calls, cli_gateway, cli_help, cli_inspect, cli_map, cli_serve, cli_tune
 from genserve.cli_options import fail
 from genserve.errors import GenServeError
 
@@ -30,6 +30,6 @@ def main() -> None:
     """Serve and call FLUX and rerankers on Triton."""
 
 
-for module in (cli_calls, cli_map, cli_inspect, cli_serve, cli_gateway, cli_help):
+for module in (cli_calls, cli_map, cli_inspect, cli_serve, cli_tune, cli_gateway, cli_help):
     for verb in module.VERBS:
         main.add_command(verb)

@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.command import COUNT, FLUX_CHECKPOINT, SETTINGS, fail, judge, new_table, run_in_turn, show
 from common.script import TIMEOUT_S, run_script
-from common.server import own_server
 from compare.flux_load import STEPS, Load, Request, Timing, drive
 from genserve import Client, GenServeError
 from genserve.serve.options import ServeError
+from genserve.serve.own_server import own_server
 
 HERE = Path(__file__).parent
 OURS = "genserve"

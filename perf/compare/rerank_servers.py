@@ -13,10 +13,10 @@ from pathlib import Path
 import urllib3
 
 from common.script import TIMEOUT_S, run_script
-from common.server import own_server
 from compare.rerank_load import Load, Request, Timing, drive
 from genserve import Client
 from genserve.serve.options import ServeError
+from genserve.serve.own_server import own_server
 from genserve.serve.ports import free_ports
 
 START_S = 180

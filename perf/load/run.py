@@ -20,8 +20,8 @@ import click
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.command import SETTINGS, fail, show
-from common.server import Addresses, own_server
 from genserve.serve.options import ServeError
+from genserve.serve.own_server import Addresses, own_server
 from load.binary import Binary, find
 from load.report import PROTOCOLS, Failure, csv_path, first_error, merge, parse_all, summary
 

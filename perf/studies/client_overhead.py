@@ -28,9 +28,9 @@ from rich import box
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.command import COUNT, SETTINGS, fail, judge, new_table, show
-from common.server import Addresses, own_server
 from genserve import AsyncClient, Client, GenServeError
 from genserve.serve.options import ServeError
+from genserve.serve.own_server import Addresses, own_server
 
 QUERY = "the city on the river"
 STEPS, SIZE = 20, 128

@@ -23,9 +23,9 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.command import SETTINGS, fail, show
-from common.server import own_server
 from genserve import Client, GeneratedImage, GenServeError
 from genserve.serve.options import ServeError
+from genserve.serve.own_server import own_server
 
 HANG_TIMEOUT_S = 5.0
 FAULTS = {"killed (SIGKILL)": signal.SIGKILL, f"stopped (SIGSTOP), killed after {HANG_TIMEOUT_S:g} s": signal.SIGSTOP}

@@ -22,10 +22,10 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.command import COUNT, SETTINGS, fail, judge, show
-from common.server import own_server
 from compare.flux_load import STEPS
 from genserve import Client, GenServeError, Priority
 from genserve.serve.options import ServeError
+from genserve.serve.own_server import own_server
 
 PROMISE = 1.3
 """Maximum mean ratio."""

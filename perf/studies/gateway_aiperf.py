@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.command import COUNT, RERANK_CHECKPOINT, ROOT, SETTINGS, fail, judge, new_table, show
 from common.gateway import own_gateway
-from common.server import own_server
 from genserve.serve.options import ServeError
+from genserve.serve.own_server import own_server
 
 PACKAGE = "aiperf==0.13.*"
 LIMIT_S = 300

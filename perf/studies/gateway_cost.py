@@ -32,9 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.command import COUNT, SETTINGS, fail, judge, new_table, show
 from common.gateway import own_gateway
-from common.server import own_server
 from genserve import GenServeError
 from genserve.serve.options import ServeError
+from genserve.serve.own_server import own_server
 
 QUERY = "the city on the river"
 PROMPT = "a red circle on a blue background"

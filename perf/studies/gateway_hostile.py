@@ -20,8 +20,8 @@ from rich import box
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.command import COUNT, SETTINGS, fail, judge, new_table, show
-from common.server import own_server
 from genserve.serve.options import ServeError
+from genserve.serve.own_server import own_server
 from hostile.attack import Attack, Verdict, request, send_all
 from hostile.generated import generated
 from hostile.mangled import mangled

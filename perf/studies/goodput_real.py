@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.command import COUNT, SETTINGS, fail, judge, new_table, show
 from common.figures import Interval, goodput, interval
-from common.server import own_server
 from genserve import GenServeError
 from genserve.serve.options import ServeError
+from genserve.serve.own_server import own_server
 from simulated.device import Device, TableError
 from simulated.replayed import replay_on
 from simulated.traffic import PIXELS_PER_TOKEN, Arrival, Mix, draw_load, mixes, poisson

@@ -30,9 +30,9 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.command import COUNT, SETTINGS, fail, show
-from common.server import own_server
 from genserve import Client, GenServeError
 from genserve.serve.options import ServeError
+from genserve.serve.own_server import own_server
 from genserve.serve.process import SHM_FOLDER, SHM_PREFIX
 
 HANG_TIMEOUT_S = 5.0

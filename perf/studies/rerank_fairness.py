@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from common.command import COUNT, RERANK_CHECKPOINT, SETTINGS, fail, judge, new_table, show
 from common.script import TIMEOUT_S
-from common.server import own_server
 from compare.rerank_load import Request, draw_load, write_cross_encoder
 from genserve import Client, GenServeError
 from genserve.serve.options import ServeError
+from genserve.serve.own_server import own_server
 
 PROMISE = 3.0
 """Maximum ratio of the small requests' 95th percentile alongside the large one to their median alone."""

@@ -34,7 +34,7 @@ def flux_memory(
 
 
 def _fit(sizes: Sizes, device: Device, instances: int, settings: FluxSettings, *, at_least: str) -> Finding:
-    if reason := unsupported(settings.dtype, device.name, capability=device.capability, has_int8=_has_int8(device)):
+    if reason := unsupported(settings.dtype, device.name, capability=device.capability, has_int8=has_int8(device.name)):
         return Finding("flux", "fail", reason)
     found = need(sizes, settings, device.name)
     weights, total = instances * (found.weights + found.passing), instances * found.total
@@ -71,11 +71,12 @@ def describe(changes: Mapping[str, Any]) -> str:
     return " ".join(f"{name}={str(value).lower()}" for name, value in named.items())
 
 
-def _has_int8(device: Device) -> bool:
-    if device.name != "cpu":
+def has_int8(device: str) -> bool:
+    """Return whether a device, in torch's notation, is a CPU that has VNNI."""
+    if device != "cpu":
         return False
     try:
-        from genserve_backend.matrices import has_int8
+        from genserve_backend import matrices
     except ModuleNotFoundError:  # without torch, doctor has said so
         return True
-    return has_int8()
+    return matrices.has_int8()

@@ -140,12 +140,21 @@ def _place(name: str, config: Any, options: ServeOptions, environ: Mapping[str, 
         groups = _groups(_all_gpus() if gpus is None else gpus, settings.tensor_parallel_size)
         config.parameters["gpu_groups"].string_value = ";".join(",".join(map(str, group)) for group in groups)
         gpus = tuple(group[0] for group in groups)
-    count = options.instances.get(name) or _number(INSTANCE_ENV[name], environ, 1)
+    count = options.instances.get(name) or instance_count(name, environ)
     for group in config.instance_group:
         group.count = count
         if gpus:
             group.kind = model_config_pb2.ModelInstanceGroup.KIND_GPU
             group.gpus[:] = gpus
+
+
+def instance_count(name: str, environ: Mapping[str, str]) -> int:
+    """Return the instances per device that the environment asks for.
+
+    Raises:
+        ServeError: It is not a whole number, at least 1.
+    """
+    return _number(INSTANCE_ENV[name], environ, 1)
 
 
 def _limit(config: Any, settings: ModelSettings, environ: Mapping[str, str]) -> None:
