@@ -64,10 +64,10 @@ RULES = (
     higher("Saturation, 1/s", scripts=r".*/short_requests\.py"),
     lower(".*, s", scripts=r".*/short_requests\.py"),
     # Settings and shares without a better end.
-    neutral("Requests|Devices|Images|Load|Policy|Protocol|Concurrency|Arrivals|CACHE|Figure|Endpoint type|sent"),
+    neutral("Requests|Devices|Images|Load|Policy|Protocol|CACHE|Figure|Endpoint type|sent"),
     neutral("By server|Mean batch|Steps skipped|Killed|Killed after lines|Started more than once|2xx|4xx|503"),
     # Counts that are right or wrong.
-    higher("Right|Answers|Low, completed", 0),
+    higher("Right|Answers", 0),
     lower("Errors|Wrong|With other bytes|other 5xx|no answer", 0),
     # Ratios and shares.
     higher("Ours is|Times the loop|Of the ideal|Load balance|Efficiency|Throughput|Faster|of none|Share", 0.05),
@@ -82,6 +82,7 @@ RULES = (
     lower("Scores differ by|Largest difference", floor=0.005),
     lower("Largest difference, levels", 0, floor=1.0),
     # Times and rates of this machine.
+    Rule("Low, completed", 1, relative=False),
     Rule(r".*[ (]?1/s|.*/s", 1, relative=False),
     Rule(r".*, m?s|.* m?s|Seconds|.*, s/image|longest", -1, relative=False),
 )

@@ -142,8 +142,12 @@ def headings() -> list[tuple[str, str]]:
     found = []
     for path in sorted(path for folder in ("compare", "studies") for path in (PERF / folder).glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "new_table":
-                names = [each.value for each in node.args[1:] if isinstance(each, ast.Constant)]
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id in {"new_table", "Table"}
+            ):
+                names = [each.value for each in node.args[1:] if isinstance(each, ast.Constant) and each.value]
                 found += [(path.relative_to(PERF).as_posix(), str(name)) for name in names]
     return found
 
