@@ -154,6 +154,8 @@ def main(
         return
     folder = results or RESULTS / f"full-{datetime.now(timezone.utc):%Y%m%dT%H%M%S}"
     folder.mkdir(parents=True, exist_ok=True)
+    # In the background of a shell, interrupts are ignored, by the scripts too.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     ends = run_all(runs, folder, minutes=minutes, budget=budget, repeats=repeats)
     drawn = new_table("Run", "End", "Seconds", "Reason")

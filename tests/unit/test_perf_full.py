@@ -80,7 +80,8 @@ def test_rounds_are_in_turn(scripts: Path) -> None:
     assert [end.run.name for end in ends] == ["one", "two", "one", "two"]
 
 
-def test_endless_run_is_ended(scripts: Path) -> None:
+def test_endless_run_is_ended(scripts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(full, "STOP_S", 2)
     end = full.run_one(Run("endless", "studies/endless.py", 1), scripts, limit_s=0.5)
     assert (end.status, end.reason) == (FAILED, "not finished within 0 s")
 
