@@ -96,7 +96,7 @@ class Record(BaseModel):
     versions: dict[str, str]
     commit: str | None
     dirty: bool
-    """Whether the checkout had changes."""
+    """True if the checkout had changes."""
 
     @classmethod
     def begin(cls, script: str, context: click.Context) -> Record:
