@@ -105,7 +105,7 @@ class Record(BaseModel):
         return cls(
             script=script,
             arguments=sys.argv[1:],
-            options={name: plain(value) for name, value in context.params.items()},
+            options={name: plain(_in_checkout(value)) for name, value in context.params.items()},
             environment={name: os.environ[name] for name in VARIABLES if name in os.environ},
             date=datetime.fromtimestamp(psutil.Process().create_time(), timezone.utc).replace(microsecond=0),
             machine=Machine.of_this(),
@@ -196,3 +196,9 @@ def _written(record: Record, folder: Path) -> Iterator[Record]:
     finally:
         record.seconds = round(time.time() - psutil.Process().create_time(), 1)
         record.write(folder)
+
+
+def _in_checkout(value: Any) -> Any:
+    """Return a path inside of the checkout without its place on this machine, and other values as they are."""
+    inside = isinstance(value, Path) and value.is_relative_to(machine.ROOT)
+    return value.relative_to(machine.ROOT) if inside else value

@@ -22,7 +22,7 @@ def run_command(
 
     @click.command(context_settings=SETTINGS)
     @click.option("--count", type=int, default=3)
-    @click.option("--file", type=click.Path(path_type=Path), default=Path("a.json"))
+    @click.option("--file", type=click.Path(path_type=Path), default=PERF / "a.json")
     @click.argument("others", nargs=-1, type=click.UNPROCESSED)
     def command(count: int, file: Path, others: tuple[str, ...]) -> None:
         body()

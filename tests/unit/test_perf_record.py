@@ -55,7 +55,7 @@ def test_record_has_options_tables_and_promises(monkeypatch: pytest.MonkeyPatch,
     (record,) = read(tmp_path)
     assert record.script == SCRIPT
     assert record.arguments == ["--count", "5"]
-    assert record.options == {"count": 5, "file": "a.json", "others": []}
+    assert record.options == {"count": 5, "file": "perf/a.json", "others": []}
     assert record.environment["OMP_NUM_THREADS"] == "1"
     assert [table.title for table in record.tables] == ["Speeds", ""]
     assert record.tables[0].columns == ["", "Ours is"]
