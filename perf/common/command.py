@@ -11,7 +11,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-ROOT = Path(__file__).resolve().parents[2]
+from common import machine, record
+
+ROOT = machine.ROOT
 FLUX_CHECKPOINT = ROOT / "demo" / "flux"
 RERANK_CHECKPOINT = ROOT / "demo" / "rerank"
 SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -46,7 +48,11 @@ def new_table(*headings: str) -> Table:
 
 
 def show(drawn: Table, title: str = "") -> None:
-    """Print a table below its title."""
+    """Print a table below its title, and record it."""
+    if recorded := record.current():
+        rows = zip(*(column.cells for column in drawn.columns), strict=True)
+        headings = [str(column.header) for column in drawn.columns]
+        recorded.add_table(title or str(drawn.title or ""), headings, [[str(cell) for cell in row] for row in rows])
     console = Console()
     console.width = max(console.width, WIDTH)
     if title:
@@ -55,7 +61,9 @@ def show(drawn: Table, title: str = "") -> None:
 
 
 def judge(broken: Sequence[str], *, check: bool) -> None:
-    """Print the promises that do not hold; exit with 1 when there are any and `check` is set."""
+    """Print and record the promises that do not hold; exit with 1 when there are any and `check` is set."""
+    if recorded := record.current():
+        recorded.add_broken(broken)
     for line in broken:
         click.echo(line, err=True)
     if check and broken:
@@ -63,6 +71,9 @@ def judge(broken: Sequence[str], *, check: bool) -> None:
 
 
 def fail(error: object) -> NoReturn:
-    """Print an error in one line, and exit with 1."""
-    click.echo(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", err=True)
+    """Print and record an error in one line, and exit with 1."""
+    line = " ".join(str(error).split())
+    if recorded := record.current():
+        recorded.error = line
+    click.echo(f"{Path(sys.argv[0]).name}: {line}", err=True)
     sys.exit(1)

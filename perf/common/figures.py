@@ -77,14 +77,17 @@ class Interval:
         return f"{mean}{unit}" if math.isnan(self.half) else f"{mean} ± {half}{unit}"
 
 
+def t_quantile(freedom: int) -> float:
+    """Return Student's two-sided 95 % quantile for 1 degree of freedom and more."""
+    return T_QUANTILES[freedom - 1] if freedom <= len(T_QUANTILES) else NORMAL_QUANTILE
+
+
 def interval(values: Sequence[float]) -> Interval:
     """Return the mean of values from independent runs, with its 95 % confidence interval by Student's t."""
     mean = statistics.fmean(values)
     if len(values) < 2:
         return Interval(mean, math.nan)
-    freedom = len(values) - 1
-    quantile = T_QUANTILES[freedom - 1] if freedom <= len(T_QUANTILES) else NORMAL_QUANTILE
-    return Interval(mean, quantile * statistics.stdev(values) / math.sqrt(len(values)))
+    return Interval(mean, t_quantile(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values)))
 
 
 def percentile(values: Iterable[float], percent: float) -> float:

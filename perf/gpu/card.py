@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
-import subprocess
 from typing import Any
 
 import torch
 
+from common import machine
 from gpu.clock import Clock, rotating
 from gpu.part import Run
 
@@ -40,34 +38,20 @@ def card(run: Run) -> None:
 
 def versions(clock: Clock) -> dict[str, Any]:
     """Return versions and device properties; None for values that a CPU lacks."""
-    found: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "missing"
+    found: dict[str, Any] = {**machine.versions(PACKAGES), "torch": torch.__version__}
     found |= dict.fromkeys(("cuda", "cudnn", "driver", "device", "capability", "memory_gib", "multiprocessors"))
     if clock.on_gpu:
         properties = torch.cuda.get_device_properties(clock.device)
         found |= {
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
-            "driver": _driver(),
+            "driver": next(iter(machine.gpus("driver_version")), None),
             "device": properties.name,
             "capability": f"{properties.major}.{properties.minor}",
             "memory_gib": properties.total_memory / 2**30,
             "multiprocessors": properties.multi_processor_count,
         }
     return found
-
-
-def _driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return ended.stdout.split("\n")[0].strip()
 
 
 def product_rate(clock: Clock, rows: int, width: int, outputs: int) -> tuple[float, float]:

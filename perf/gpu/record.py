@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+from common.plain import plain
 
 Line = dict[str, Any]
 
@@ -17,7 +18,7 @@ STARTED, RESULT, ENDED = "started", "result", "ended"
 
 def append(path: Path, line: Mapping[str, Any]) -> None:
     """Write one line and flush it to the disk."""
-    text = json.dumps(_plain(line), ensure_ascii=False) + "\n"
+    text = json.dumps(plain(line), ensure_ascii=False) + "\n"
     with path.open("ab+") as file:
         # A killed process may have left an incomplete line.
         if file.seek(0, os.SEEK_END):
@@ -42,16 +43,3 @@ def read(paths: Iterable[Path]) -> list[Line]:
                     lines = [other for other in lines if other["stage"] != line["stage"]]
                 lines.append(line)
     return lines
-
-
-def _plain(value: Any) -> Any:
-    """Return `value` in JSON's types; infinite numbers and NaN become text."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple, set)):
-        return [_plain(each) for each in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if math.isfinite(value) else str(value)
-    if value is None or isinstance(value, (bool, int, str)):
-        return value
-    return str(value)

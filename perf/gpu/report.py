@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from common.plain import markdown
 from gpu.record import ENDED, RESULT, STARTED, Line
 from gpu.tables import PLAIN, SHARES, TABLES, Table
 
@@ -35,7 +36,7 @@ def _parts(stage: str, lines: Sequence[Line]) -> list[str]:
     ]
     blocks = [
         f"## {stage} on {started.get('device', '?')}, {started.get('began', '?')}",
-        _markdown(("part", "status", "s", "reason"), rows),
+        markdown(("part", "status", "s", "reason"), rows),
     ]
     for name, line in ended.items():
         if text := line.get("stderr"):
@@ -86,7 +87,7 @@ def _table(table: Table, rows: Sequence[Line]) -> str:
         mark = f" ({marks[str(row['reason'])]})" if row.get("reason") else ""
         shown = [_cell(table.name, key, row.get(key)) for key in columns.values()]
         cells.append([*shown[:-1], shown[-1] + mark])
-    text = _markdown(tuple(columns), cells)
+    text = markdown(tuple(columns), cells)
     notes = "\n".join(f"({mark}) {reason}" for reason, mark in marks.items())
     return f"{text}\n\n{notes}" if notes else text
 
@@ -105,9 +106,4 @@ def _show(value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
-    return str(value).replace("|", "\\|").replace("\n", " ")
-
-
-def _markdown(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [headers, ["---"] * len(headers), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return str(value)

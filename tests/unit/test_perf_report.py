@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from load.report import Failure, Level, csv_path, first_error, merge, parse_all, parse_csv, summary
+from load.report import Failure, Level, Load, csv_path, first_error, merge, parse_all, parse_csv, summary
+from load.run import poisson_loads
 
 HEADER = (
     "Concurrency,Inferences/Second,Client Send,Network+Server Send/Recv,Server Queue,Server Compute Input,"
@@ -38,14 +39,16 @@ def rendered(levels: list[Level], failed: Failure | None = None) -> list[str]:
 def test_levels_are_sorted_by_concurrency(tmp_path: Path) -> None:
     levels = parse_csv(recorded(tmp_path / "a.csv", TWO, ONE), model="flux", protocol="grpc")
     assert levels == [
-        Level("flux", "grpc", 1, 6.30338, p50_ms=107.12, p95_ms=438.854, p99_ms=475.001, queue_ms=0.077),
-        Level("flux", "grpc", 2, 5.65585, p50_ms=351.851, p95_ms=612.257, p99_ms=623.308, queue_ms=164.331),
+        Level("flux", "grpc", Load(False, 1), 6.30338, p50_ms=107.12, p95_ms=438.854, p99_ms=475.001, queue_ms=0.077),
+        Level(
+            "flux", "grpc", Load(False, 2), 5.65585, p50_ms=351.851, p95_ms=612.257, p99_ms=623.308, queue_ms=164.331
+        ),
     ]
 
 
 def test_report_with_gpu_columns_is_parsed(tmp_path: Path) -> None:
     (level,) = parse_csv(recorded(tmp_path / "a.csv", ON_GPU), model="rerank", protocol="http")
-    assert (level.concurrency, level.throughput, level.p50_ms) == (4, 39.9361, 27.93)
+    assert (level.load, level.throughput, level.p50_ms) == (Load(False, 4), 39.9361, 27.93)
 
 
 @pytest.mark.parametrize("text", ["", f"{HEADER}\n", "Concurrency,p50 latency\n1,5\n", f"{HEADER}\n1,2\n"])
@@ -62,17 +65,27 @@ def test_merge_keeps_one_header(tmp_path: Path) -> None:
     merge(parts, target)
     assert target.name == "flux-grpc.csv"
     assert target.read_text() == f"{HEADER}\n{ONE}\n{TWO}\n"
-    assert [level.concurrency for level in parse_all(tmp_path, ["flux", "rerank"])] == [1, 2]
+    assert [level.load.amount for level in parse_all(tmp_path, ["flux", "rerank"])] == [1, 2]
+
+
+def test_poisson_loads_have_a_file_of_their_own(tmp_path: Path) -> None:
+    recorded(csv_path(tmp_path, "flux", "grpc"), TWO, ONE)
+    rates = recorded(csv_path(tmp_path, "flux", "grpc", is_poisson=True), ONE.replace("1,", "2.5,", 1))
+    rates.write_text(rates.read_text().replace("Concurrency", "Request Rate"))
+    levels = parse_all(tmp_path, ["flux"])
+    assert [level.load for level in levels] == [Load(False, 1), Load(False, 2), Load(True, 2.5)]
+    assert poisson_loads(levels, (0.5, 0.8)) == [Load(True, 3.15), Load(True, 5.04)]
+    assert Load(True, 3.15).flags == ["--request-rate-range", "3.15", "--request-distribution", "poisson"]
 
 
 def test_summary_has_a_line_per_level_and_one_for_the_failure(tmp_path: Path) -> None:
     levels = parse_csv(recorded(tmp_path / "a.csv", ONE, TWO), model="flux", protocol="grpc")
-    lines = rendered(levels, Failure("rerank", "http", 1, "refused"))
+    lines = rendered(levels, Failure("rerank", "http", Load(False, 1), "refused"))
     words = [line.replace("│", " ").split() for line in lines if "│" in line]
     assert words == [
-        ["flux", "grpc", "1", "6.30", "107.1", "438.9", "475.0", "0.1", "0"],
-        ["flux", "grpc", "2", "5.66", "351.9", "612.3", "623.3", "164.3", "0"],
-        ["rerank", "http", "1", "-", "-", "-", "-", "-", "failed"],
+        ["flux", "grpc", "1", "in", "flight", "6.30", "107.1", "438.9", "475.0", "0.1", "0"],
+        ["flux", "grpc", "2", "in", "flight", "5.66", "351.9", "612.3", "623.3", "164.3", "0"],
+        ["rerank", "http", "1", "in", "flight", "-", "-", "-", "-", "-", "failed"],
     ]
 
 
