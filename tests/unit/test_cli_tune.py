@@ -19,6 +19,7 @@ from fake_servers import FakeServer
 
 from genserve.cli import main
 from genserve.protocol import Call, Outputs
+from genserve.serve.process import MODEL_PATH_ENVS
 from genserve.tune import run as run_module
 from genserve.tune.gain import gain_of
 from genserve.tune.interrupts import Interrupts
@@ -51,7 +52,8 @@ def tuned(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Load, dict[str, Any]]]:
 @pytest.fixture
 def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in ("OMP_NUM_THREADS", *MODEL_PATH_ENVS):
+        monkeypatch.delenv(name, raising=False)
     return lambda *arguments: CliRunner().invoke(main, ["tune", *arguments], prog_name="genserve")
 
 
