@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
+from types import SimpleNamespace
 
 import pytest
 
@@ -24,7 +25,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float]]:
         ranges.append((low, high))
         return high
 
-    monkeypatch.setattr(retry.random, "uniform", uniform)
+    # The module's own name: clients of other tests may still draw from `random` in their background thread.
+    monkeypatch.setattr(retry, "random", SimpleNamespace(uniform=uniform))
     return ranges
 
 
