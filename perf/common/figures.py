@@ -12,9 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 CONFIDENCE = 0.95
-T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145)
-"""Student's, two-sided 95 %, for 1 degree of freedom and more."""
-NORMAL_QUANTILE = 1.960
 TOLERANCE = 1e-9
 """Of a deadline: sums of floats differ in their last bits."""
 
@@ -79,7 +76,9 @@ class Interval:
 
 def t_quantile(freedom: int) -> float:
     """Return Student's two-sided 95 % quantile for 1 degree of freedom and more."""
-    return T_QUANTILES[freedom - 1] if freedom <= len(T_QUANTILES) else NORMAL_QUANTILE
+    from scipy import stats  # takes a second
+
+    return float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom))
 
 
 def interval(values: Sequence[float]) -> Interval:

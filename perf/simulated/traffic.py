@@ -12,11 +12,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from genserve_backend.flux.request import PIXELS_PER_TOKEN
+from genserve_backend.worker.messages import DEFAULT_LEVEL
 from simulated.device import Device
 
 MIXES = Path(__file__).parent / "mixes"
-PIXELS_PER_TOKEN = 256
-DEFAULT_LEVEL = 2
 HANDOFF_S = 0.003
 """Seconds from Triton's queue to an engine, also for a request that is alone."""
 

@@ -27,9 +27,10 @@ from common.figures import Interval, goodput, interval
 from genserve import GenServeError
 from genserve.serve.options import ServeError
 from genserve.serve.own_server import own_server
+from genserve_backend.flux.request import PIXELS_PER_TOKEN
 from simulated.device import Device, TableError
 from simulated.replayed import replay_on
-from simulated.traffic import PIXELS_PER_TOKEN, Arrival, Mix, draw_load, mixes, poisson
+from simulated.traffic import Arrival, Mix, draw_load, mixes, poisson
 from simulated.virtual import BASELINES, Setup, contenders, simulate
 
 POLICIES = tuple(name for name in contenders() if name not in BASELINES)

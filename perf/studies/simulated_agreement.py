@@ -21,10 +21,11 @@ from common.command import COUNT, SETTINGS, fail, judge, new_table, show
 from common.figures import Outcome, goodput, percentile
 from genserve import GenServeError
 from genserve.serve.options import ServeError
+from genserve_backend.flux.request import PIXELS_PER_TOKEN
 from simulated.device import Device, TableError
 from simulated.fleet import fleet
 from simulated.replayed import replay_on
-from simulated.traffic import PIXELS_PER_TOKEN, Arrival, Mix, draw_load, mixes, poisson
+from simulated.traffic import Arrival, Mix, draw_load, mixes, poisson
 from simulated.virtual import BASELINES, Setup, contenders, simulate
 
 LARGEST_DIFFERENCE = 0.05

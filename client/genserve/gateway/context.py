@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Depends, Request
@@ -82,19 +82,6 @@ class Context:
     async def _hung_up(self) -> None:
         while (await self._request.receive())["type"] != "http.disconnect":
             pass
-
-
-async def together(*work: Coroutine[Any, Any, T]) -> list[T]:
-    """Return the results of all work. The first failure, or a cancellation, ends the rest of it."""
-    tasks = [asyncio.ensure_future(each) for each in work]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        unfinished = [task for task in tasks if not task.done()]
-        for task in unfinished:
-            task.cancel()
-        if unfinished:
-            await asyncio.wait(unfinished)
 
 
 async def _context(request: Request) -> Context:

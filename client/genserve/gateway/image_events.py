@@ -15,8 +15,9 @@ from starlette.types import Receive, Scope, Send
 
 from genserve.errors import GenServeError
 from genserve.gateway import errors
-from genserve.gateway.context import Context, together
+from genserve.gateway.context import Context
 from genserve.gateway.errors import Failure
+from genserve.together import together
 from genserve.types import GeneratedImage, ImageFormat, TaskStatus
 
 PARTIAL_EVENT = "image_generation.partial_image"

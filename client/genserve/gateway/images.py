@@ -13,12 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from genserve.errors import InvalidInput, ServerUnavailable
 from genserve.gateway import names
 from genserve.gateway.adapters import Adapters, lora_argument
-from genserve.gateway.context import Context, InContext, together
+from genserve.gateway.context import Context, InContext
 from genserve.gateway.errors import Failure
 from genserve.gateway.files import PATH, ResultFiles
 from genserve.gateway.image_events import Painting, PaintingResponse, encoded, image_properties
 from genserve.gateway.json_body import StrictRoute
 from genserve.gateway.names import Model
+from genserve.together import together
 from genserve.types import GeneratedImage, ImageFormat, Priority
 
 router = APIRouter(tags=["images"], route_class=StrictRoute)

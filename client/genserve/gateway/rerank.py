@@ -12,9 +12,10 @@ from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from genserve.gateway import names
-from genserve.gateway.context import Context, InContext, together
+from genserve.gateway.context import Context, InContext
 from genserve.gateway.json_body import StrictRoute
 from genserve.gateway.names import Model
+from genserve.together import together
 from genserve.types import Ranking
 
 router = APIRouter(tags=["rerank"], route_class=StrictRoute)

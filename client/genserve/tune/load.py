@@ -15,6 +15,7 @@ import numpy as np
 from genserve.aio import AsyncClient
 from genserve.errors import GenServeError
 from genserve.map_files import FileProblem, parse_tasks
+from genserve.together import together
 
 Arguments = Mapping[str, Any]
 Objective = Literal["throughput", "latency"]
@@ -24,7 +25,6 @@ UNITS = {"flux": "images", "rerank": "documents"}
 MARKS = {"flux": "prompt", "rerank": "query"}
 """Argument by which a task in a file names its model."""
 TOKENS_PER_WORD = 1.5
-PIXELS_PER_TOKEN = 256
 TEXT = (
     "river mountain window letter garden market winter engine paper silver harbor forest kitchen music doctor bridge "
     "history science village summer station picture morning country teacher weather ocean family island light company "
@@ -217,7 +217,7 @@ class _Run:
     async def closed(self, client: AsyncClient, requests: Sequence[Arguments]) -> None:
         """Send each request when an earlier one has been answered."""
         waiting = iter(enumerate(requests))
-        await _together([self._caller(client, waiting) for _ in range(min(self._load.in_flight, len(requests)))])
+        await together(*(self._caller(client, waiting) for _ in range(min(self._load.in_flight, len(requests)))))
 
     async def paced(self, client: AsyncClient, requests: Sequence[Arguments]) -> None:
         """Send the requests at random times, whatever has been answered."""
@@ -227,7 +227,7 @@ class _Run:
         for number, arguments in enumerate(requests):
             at += rng.expovariate(self._load.rate or 1.0)
             calls.append(self._later(client, at, number, arguments))
-        await _together(calls)
+        await together(*calls)
 
     async def _caller(self, client: AsyncClient, waiting: Iterator[tuple[int, Arguments]]) -> None:
         for number, arguments in waiting:
@@ -253,14 +253,3 @@ class _Run:
         ages = [now - started for started in self._open.values()]
         ended = now if ages else self._ended
         return Sample(ended - self._started, self._units, (*self._latencies, *ages))
-
-
-async def _together(calls: Sequence[Any]) -> None:
-    """Await all calls. The first failure, or a cancellation, ends the others too."""
-    tasks = [asyncio.ensure_future(call) for call in calls]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)

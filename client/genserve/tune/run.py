@@ -17,12 +17,13 @@ from genserve.serve.device_memory import find_gpus
 from genserve.serve.flux_memory import has_int8
 from genserve.tune.bench import Bench
 from genserve.tune.interrupts import Interrupts
-from genserve.tune.load import PIXELS_PER_TOKEN, TOKENS_PER_WORD, Load, Objective, TrialFailed
+from genserve.tune.load import TOKENS_PER_WORD, Load, Objective, TrialFailed
 from genserve.tune.search import Outcome, Search, TuneError
 from genserve.tune.space import Demand, Machine, Space, set_values, tuned
 from genserve.tune.start import THREADS_VARIABLE, Start, variables
 from genserve.types import InstanceLoad
 from genserve_backend.flux.checkpoint import FluxCheckpoint
+from genserve_backend.flux.request import PIXELS_PER_TOKEN
 
 BLOCKS = 120
 """Blocks that the budget has room for, if it had to pay for nothing else."""
