@@ -142,7 +142,7 @@ def tune(
     if len(servers.urls) > 1:
         raise click.UsageError("--url names one server, whose settings are the start.")
     from genserve.serve.options import ServeError, default_repository
-    from genserve.tune.files import check_folder
+    from genserve.tune.files import FILES, check_folder
     from genserve.tune.run import Goal
 
     began = time.monotonic()
@@ -160,27 +160,20 @@ def tune(
             _write(output, results, start, goal, options)
     except ServeError as error:
         fail(str(error))
+    files = [str(output / name) for name in FILES] if results else []
     if as_json:
         from genserve.tune.report import as_json as json_of
 
-        files = [str(output / name) for name in _names()] if results else []
         seconds = round(time.monotonic() - began, 1)
-        click.echo(
-            json.dumps({"models": [json_of(each, goal) for each in results], "files": files, "seconds": seconds})
-        )
+        found = {"models": [json_of(each, goal) for each in results], "files": files, "seconds": seconds}
+        click.echo(json.dumps(found))
     elif results:
-        click.echo(f"wrote {output / _names()[0]} and {output / _names()[1]} after {time.monotonic() - began:.0f} s")
+        click.echo(f"wrote {' and '.join(files)} after {time.monotonic() - began:.0f} s")
     if ended == INTERRUPTED:
         click.echo(f"genserve: {INTERRUPTED}" + ("" if results else ": nothing was measured yet"), err=True)
         sys.exit(INTERRUPTED_STATUS)
     if ended:
         fail(ended)
-
-
-def _names() -> tuple[str, str]:
-    from genserve.tune.files import ENVIRONMENT_FILE, SCRIPT_FILE
-
-    return ENVIRONMENT_FILE, SCRIPT_FILE
 
 
 def _loads(models: tuple[str, ...], *, explicit: bool, tasks: Path | None, **options: Any) -> list[Load]:
